@@ -1,0 +1,93 @@
+"""Adapters on a whole model: put them there, freeze the rest, name what trains."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from lora_converter.config import LoRAConfig
+from lora_converter.linear import LoRALinear, add_adapter
+from lora_converter.targets import select_targets
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Elements of a model's parameters, over its full (unsharded) shapes; a shared parameter counts once."""
+
+    trainable: int
+    total: int
+    adapted: int
+    """Number of linears with an adapter."""
+
+
+def apply_lora(
+    model: nn.Module, config: LoRAConfig, *, seed: int = 0, dtype: torch.dtype | None = None
+) -> list[LoRALinear]:
+    """Puts an adapter on every linear that `config` selects and freezes everything else, in place.
+
+    Adapters of a model with real weights are initialised at once; those on the meta device when `reset_adapters` is
+    called after the weights exist.
+
+    Args:
+        model: Any module with `nn.Linear` children. No name and no value of it changes.
+        seed: With a linear's name, decides the adapter's initial values.
+        dtype: Dtype of the adapters; that of each linear's weight if left out.
+
+    Returns:
+        The adapted linears, in the model's order.
+
+    Raises:
+        ValueError: A pattern matches nothing, nothing is selected, or the model has adapters already. The model is
+            then as it was.
+    """
+    if any(True for _ in adapted_linears(model)):
+        raise ValueError("The model has LoRA adapters already: apply_lora once, or load another adapter into them.")
+    linears = {fqn: module for fqn, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules)
+    adapted = [add_adapter(linears[fqn], config, fqn=fqn, dtype=dtype) for fqn in targets]
+    freeze_base(model)
+    for linear in adapted:
+        if not linear.weight.is_meta:
+            linear.reset_adapter(seed)
+    return adapted
+
+
+def adapted_linears(model: nn.Module) -> Iterator[LoRALinear]:
+    """The linears of `model` that have an adapter, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, LoRALinear))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter for everything that trains, e.g. `layers.0.attention.wq.lora_a.weight`.
+
+    Names are those of the whole model, also for a pipeline stage or a wrapped or compiled block of it.
+    """
+    return {
+        f"{linear.lora_fqn}.{name}": linear.get_parameter(name)
+        for linear in adapted_linears(model)
+        for name in linear.adapter_parameter_names
+    }
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Sets `requires_grad` so that exactly the adapters train: norms, embeddings and bare parameters are frozen too."""
+    model.requires_grad_(False)
+    for param in adapter_parameters(model).values():
+        param.requires_grad_(True)
+
+
+def reset_adapters(model: nn.Module, *, seed: int) -> None:
+    """Gives every adapter its initial values (see `LoRALinear.reset_adapter`)."""
+    for linear in adapted_linears(model):
+        linear.reset_adapter(seed)
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Counts what trains and what there is."""
+    params = list(model.parameters())
+    return ParameterCount(
+        trainable=sum(p.numel() for p in params if p.requires_grad),
+        total=sum(p.numel() for p in params),
+        adapted=sum(1 for _ in adapted_linears(model)),
+    )

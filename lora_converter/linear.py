@@ -1,0 +1,146 @@
+"""A linear with a low-rank adapter, made by swapping the class of the linear that is there.
+
+    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        W, b frozen;  A = lora_a.weight, B = lora_b.weight
+
+The module keeps its identity, its parameters and its names: base checkpoints, tensor-parallel plans,
+activation-checkpointing filters and other converters see the linear they knew. Its class becomes a subclass of
+whatever linear it already is (`nn.Linear`, `Float8Linear`, ...), whose forward still computes x Wᵀ + b.
+
+`lora_a` and `lora_b` are child linears that are never quantized. The scale acts on the (..., rank) tensor, where it
+costs next to nothing. Not here: how adapters are chosen (`targets.py`), how they are sharded (from outside; the one
+rule that belongs to the adapter itself is in `LoRAFactor`).
+"""
+
+import functools
+import hashlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from lora_converter.config import LoRAConfig
+
+
+class LoRAFactor(nn.Linear):
+    """One factor of the update: A maps in_features to rank, B maps rank to out_features.
+
+    Tensor parallelism reaches a factor through the plan entry of its base linear: `ColwiseParallel` offers it rows,
+    `RowwiseParallel` columns. The factor takes the shard only along the features that it shares with the base; its
+    rank dim stays whole, so that x Aᵀ needs no collective of its own:
+
+        base column-wise, weight Shard(0):   A Replicate,  B Shard(0)
+        base row-wise,    weight Shard(1):   A Shard(1),   B Replicate
+    """
+
+    rank_dim: int
+    """Tensor dim of `weight` that is the rank: 0 for A, 1 for B."""
+
+    def __init__(self, in_features: int, out_features: int, *, rank_dim: int, like: torch.Tensor):
+        super().__init__(in_features, out_features, bias=False, device=like.device, dtype=like.dtype)
+        self.rank_dim = rank_dim
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`'s, but a tensor-parallel shard of the rank dim becomes Replicate."""
+        if isinstance(param, DTensor) and param.placements == (Shard(self.rank_dim),):
+            whole = distribute_tensor(self.weight.detach(), param.device_mesh, [Replicate()])
+            param = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
+        super().register_parameter(name, param)
+
+    def reset_parameters(self) -> None:
+        """Nothing: values come from `LoRALinear.reset_adapter`, and the global generator is left alone."""
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear plus a trained low-rank update. Made by `add_adapter`, never constructed.
+
+    Attributes:
+        lora_a: A, weight (rank, in_features).
+        lora_b: B, weight (out_features, rank).
+        lora_config: The adapter's settings.
+        lora_fqn: Name of this linear in the whole model; pipeline stages and wrappers do not change it.
+    """
+
+    adapter_parameter_names = ("lora_a.weight", "lora_b.weight")
+    """What trains, by declaration: every other parameter below this module belongs to the base."""
+
+    lora_a: LoRAFactor
+    lora_b: LoRAFactor
+    lora_config: LoRAConfig
+    lora_fqn: str
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) -> (..., out_features).
+
+        Under tensor parallelism the update has the base output's placement, Shard(-1) or Partial, so the sum needs
+        no collective.
+        """
+        out = super().forward(x)
+        x = F.dropout(x, self.lora_config.dropout, self.training)
+        return out + self.lora_b(self.lora_a(x) * self.lora_config.scaling)
+
+    @torch.no_grad()
+    def reset_adapter(self, seed: int) -> None:
+        """A as PEFT and torchtune draw it, uniform in ±1/√in_features; B zero, so the update starts at zero.
+
+        The values depend on `seed` and `lora_fqn` alone: A is drawn on the CPU in fp32 over the full shape, and each
+        rank keeps its slice, whatever the placements.
+        """
+        bound = 1 / math.sqrt(self.in_features)
+        generator = torch.Generator().manual_seed(stable_hash(f"{seed}:{self.lora_fqn}"))
+        full = torch.empty(self.lora_config.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        copy_full_(self.lora_a.weight, full)
+        self.lora_b.weight.zero_()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`'s, but leaves the factors' parameters to the factors.
+
+        `ColwiseParallel` offers every parameter below a linear under its dotted name, and the factors' again when
+        it visits them.
+        """
+        if name not in self.adapter_parameter_names:
+            super().register_parameter(name, param)
+
+    def extra_repr(self) -> str:
+        config = self.lora_config
+        return f"{super().extra_repr()}, rank={config.rank}, alpha={config.alpha}, dropout={config.dropout}"
+
+
+def add_adapter(linear: nn.Linear, config: LoRAConfig, *, fqn: str, dtype: torch.dtype | None = None) -> LoRALinear:
+    """Turns `linear` into a `LoRALinear` in place; its parameters are not touched. The adapter is left unset.
+
+    Args:
+        linear: Any `nn.Linear`, on any device, meta included.
+        fqn: Its name in the whole model.
+        dtype: Dtype of the factors; the weight's if left out.
+    """
+    like = torch.empty(0, device=linear.weight.device, dtype=dtype or linear.weight.dtype)
+    linear.lora_config = config  # type: ignore[assignment]
+    linear.lora_fqn = fqn  # type: ignore[assignment]
+    linear.lora_a = LoRAFactor(linear.in_features, config.rank, rank_dim=0, like=like)
+    linear.lora_b = LoRAFactor(config.rank, linear.out_features, rank_dim=1, like=like)
+    linear.__class__ = subclass_with(LoRALinear, type(linear))
+    assert isinstance(linear, LoRALinear)
+    return linear
+
+
+@functools.cache
+def subclass_with(mixin: type, cls: type) -> type:
+    """A class that is both, `mixin` first; one per pair, so that equal modules have equal classes."""
+    if issubclass(mixin, cls):
+        return mixin
+    return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
+
+
+@torch.no_grad()
+def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
+    """Copies the full tensor into `param`: all of it, or this rank's slice of a DTensor, without communication."""
+    if isinstance(param, DTensor):
+        full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+    param.copy_(full)
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of SHA-256: the same on every rank, machine and Python, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,287 @@
+"""Checkpoints of a LoRA run: the base comes from where the user's base is, a step holds what was trained.
+
+    base      checkpoint.initial_load_path (DCP, or Hugging Face with initial_load_in_hf); read at every start
+    step-N    adapters, optimizer, scheduler, data loader and train state; no base weight
+    resume    base from its source + step-N
+
+A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
+
+Every load checks all keys and shapes first, on all ranks together, and names every key that does not fit.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from torch.distributed.checkpoint import FileSystemReader, StorageReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.stateful import Stateful
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER, CheckpointManager, ModelWrapper
+from torchtitan.tools.logging import logger
+
+from lora_converter.apply import adapted_linears, adapter_parameters
+from lora_converter.linear import stable_hash
+from lora_converter.titan.job_config import LoRA
+
+_GROUPS = "param_groups."
+
+
+class ModelSubset(ModelWrapper):
+    """The entries of the model's state dict whose names `keep` accepts."""
+
+    def __init__(self, model_parts: list[nn.Module], keep: Callable[[str], bool]):
+        self._keep = keep
+        super().__init__(model_parts)
+
+    def _get_state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._get_state_dict().items() if self._keep(name)}
+
+
+class OptimizerState(Stateful):
+    """torchtitan's optimizer state with each hyperparameter stored once, not once per parameter.
+
+    DCP spends over 1 KB on every value, and AdamW has twelve per parameter: for small adapters more than the adapter.
+    torchtitan builds all its optimizers from one set of hyperparameters and steps their schedules together.
+
+        state.<fqn>.exp_avg     as torchtitan's
+        param_groups.<option>   for torchtitan's param_groups.<fqn>.<option> of all parameters
+    """
+
+    def __init__(self, optimizers: Stateful):
+        self.optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        compact: dict[str, Any] = {}
+        for name, value in self.optimizers.state_dict().items():
+            assert compact.setdefault(_once(name), value) is value or compact[_once(name)] == value, name
+        return compact
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        names = self.optimizers.state_dict()
+        self.optimizers.load_state_dict({name: state_dict[_once(name)] for name in names})
+
+
+def _once(name: str) -> str:
+    return f"{_GROUPS}{name.rpartition('.')[2]}" if name.startswith(_GROUPS) else name
+
+
+class LoRACheckpointManager(CheckpointManager):
+    """torchtitan's checkpointer for a model with adapters; see the module docstring for what is stored where."""
+
+    _step_to_seed: int | None = None
+
+    def __init__(self, dataloader, model_parts: list[nn.Module], *args: Any, **kwargs: Any):
+        super().__init__(dataloader, model_parts, *args, **kwargs)
+        if not self.enable:
+            return
+        adapter_names = {name for part in model_parts for name in adapter_parameters(part)}
+        self.adapters = ModelSubset(model_parts, lambda name: name in adapter_names)
+        self.base = ModelSubset(model_parts, lambda name: name not in adapter_names)
+        self.base_source = self._find_base_source()
+        self.settings: LoRA = model_parts[0].lora_settings  # type: ignore[assignment]
+        if self.settings.dropout > 0:
+            self._process_seed = torch.initial_seed()  # torchtitan gives pipeline ranks different ones
+            for part in model_parts:
+                part.register_forward_pre_hook(self._seed_step)
+        self.states[OPTIMIZER] = OptimizerState(self.states[OPTIMIZER])
+        if self.base_source:
+            self.states[MODEL] = self.adapters
+        else:
+            logger.warning(
+                "LoRA: checkpoint.initial_load_path is not set, so the base stays as initialised at random; "
+                "every checkpoint stores it beside the adapters."
+            )
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Loads the base from its source, then the given or the newest complete step, if there is one.
+
+        Returns:
+            Whether anything was loaded.
+
+        Raises:
+            ValueError: A folder lacks keys or has other shapes; nothing was loaded then.
+            FileNotFoundError: `step` was asked for and is not there.
+        """
+        if not self.enable:
+            return False
+        if step == -1:
+            step = self._find_load_step()
+        elif not os.path.isdir(self._create_checkpoint_id(step)):
+            raise FileNotFoundError(
+                f"checkpoint.load_step = {step}: there is no {self._create_checkpoint_id(step)}. "
+                "Leave it at -1 for the newest step."
+            )
+        loads: list[Callable[[], None]] = []  # every check comes before the first load
+        if self.base_source:
+            loads.append(self._check_base(self.base_source))
+        if step != -1:
+            loads.append(self._check_step(step))
+        elif self.settings.initial_adapter_path:
+            loads.append(self._check_initial_adapter(self.settings.initial_adapter_path))
+        for load in loads:
+            load()
+        self._step_to_seed = max(step, 0)
+        return bool(loads)
+
+    def save(self, curr_step: int, last_step: bool = False) -> None:
+        """torchtitan's `save`, which the trainer calls after every step."""
+        super().save(curr_step, last_step)
+        self._step_to_seed = curr_step
+
+    def _seed_step(self, model: nn.Module, args: Any) -> None:
+        """Before the first forward of a step: its dropout masks depend on seed and step, so a resumed run has them too."""
+        if model.training and self._step_to_seed is not None:
+            torch.manual_seed(stable_hash(f"{self._process_seed}:{self._step_to_seed}"))
+            self._step_to_seed = None
+
+    def _find_base_source(self) -> str | None:
+        if self.initial_load_path:
+            return self.initial_load_path
+        return self.sd_adapter.hf_assets_path if self.initial_load_in_hf and self.sd_adapter else None
+
+    def _check_base(self, path: str) -> Callable[[], None]:
+        """Checks the base folder against the model; what it returns loads it."""
+        adapter = self.sd_adapter if self.initial_load_in_hf else None
+        state_dict = self.base.state_dict()
+        reader: StorageReader
+        if adapter is not None:
+            state_dict = adapter.to_hf(state_dict)
+            reader = adapter.get_hf_storage_reader(path, self.initial_load_in_hf_quantized)
+        elif self.initial_load_in_hf:
+            raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
+        else:
+            reader = _dcp_reader(path, "checkpoint.initial_load_path")
+        _check_fits(state_dict, reader.read_metadata(), f"The base in {path}")
+
+        def load() -> None:
+            logger.info(f"LoRA: loading the base from {path}.")
+            dcp.load(state_dict, storage_reader=reader)
+            self.base.load_state_dict(adapter.from_hf(state_dict) if adapter is not None else state_dict)
+
+        return load
+
+    def _check_initial_adapter(self, path: str) -> Callable[[], None]:
+        """Checks another run's adapters against the model; what it returns loads them."""
+        reader = _dcp_reader(path, "lora.initial_adapter_path")
+        state_dict = self.adapters.state_dict()
+        _check_fits(state_dict, reader.read_metadata(), f"lora.initial_adapter_path: {path}")
+
+        def load() -> None:
+            logger.info(f"LoRA: starting from the adapters in {path}.")
+            dcp.load(state_dict, storage_reader=reader)
+            self.adapters.load_state_dict(state_dict)
+
+        return load
+
+    def _check_step(self, step: int) -> Callable[[], None]:
+        """Checks a step of this run against the model and the base source; what it returns loads it."""
+        path = self._create_checkpoint_id(step)
+        stored = _dcp_reader(path, "checkpoint.load_step").read_metadata()
+        names = stored.state_dict_metadata
+        model_only = step == 0  # a seed checkpoint
+        stores_base = any(name in names for name in self.base.state_dict())
+        if self.base_source and stores_base:
+            raise ValueError(
+                f"{path} stores a base of its own (its run had no checkpoint.initial_load_path), but "
+                f"{self.base_source} is given as base. Resume without a base source, or use another job.dump_folder."
+            )
+        if not self.base_source and not stores_base:
+            raise ValueError(
+                f"{path} holds adapters only. Set checkpoint.initial_load_path to the base they were trained on."
+            )
+        wants_optimizer = not model_only and OPTIMIZER not in self.exclude_from_loading
+        if wants_optimizer and not any(name.startswith(OPTIMIZER + ".") for name in names):
+            raise ValueError(
+                f"{path} holds no optimizer state: it is the last checkpoint of a finished run "
+                "(checkpoint.last_save_model_only). To train on from its adapters, name it as "
+                "lora.initial_adapter_path in a new job.dump_folder, or resume an earlier step with "
+                "checkpoint.load_step."
+            )
+        _check_fits(self.states[MODEL].state_dict(), stored, path)
+
+        def load() -> None:
+            logger.info(f"LoRA: resuming from {path}.")
+            self.dcp_load(self._states_to_load(model_only), checkpoint_id=path, from_hf=False, from_quantized=False)
+
+        return load
+
+
+def check_config(job_config) -> None:
+    """Refuses checkpoint settings that cannot work with adapters, before any weight exists.
+
+    Raises:
+        ValueError: What was set, and what to do.
+    """
+    config = job_config.checkpoint
+    path = config.initial_load_path or (job_config.model.hf_assets_path if config.initial_load_in_hf else None)
+    adapter = job_config.lora.initial_adapter_path
+    if not config.enable and (path or adapter):
+        option = "checkpoint.initial_load_path" if path else "lora.initial_adapter_path"
+        raise ValueError(f"{option} is set, but nothing is loaded with checkpoint.enable = false. Set it to true.")
+    if path and not os.path.isdir(path):
+        option = "checkpoint.initial_load_path" if config.initial_load_path else "model.hf_assets_path"
+        raise ValueError(f"{option} = {path!r}: there is no such folder. Name the folder of the pretrained base.")
+    if adapter and not os.path.isdir(adapter):
+        raise ValueError(f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder.")
+    if path and not config.initial_load_model_only:
+        raise ValueError(
+            "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
+            "Leave it at true; a LoRA run resumes from its own checkpoint folder."
+        )
+    if config.last_save_in_hf:
+        raise ValueError(
+            "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. "
+            "Leave it at false; the last step folder holds the adapters in DCP format."
+        )
+
+
+def use_for_lora_models() -> None:
+    """Makes every `CheckpointManager(...)` over a model with adapters a `LoRACheckpointManager`.
+
+    torchtitan 0.2.2 has no setting for the checkpointer's class, and the trainer finds the name in its own module,
+    which is `__main__` under `-m torchtitan.train`; so the choice is made where all of them meet, in `__new__`.
+    Remove when TrainSpec can name a checkpointer. Other models get torchtitan's own.
+    """
+    CheckpointManager.__new__ = staticmethod(_new_manager)  # type: ignore[method-assign, assignment]
+
+
+def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, **kwargs: Any) -> CheckpointManager:
+    adapted = any(True for part in model_parts for _ in adapted_linears(part))
+    return object.__new__(LoRACheckpointManager if cls is CheckpointManager and adapted else cls)
+
+
+def _dcp_reader(path: str, option: str) -> FileSystemReader:
+    if not os.path.isfile(os.path.join(path, ".metadata")):
+        hint = " For a Hugging Face folder set checkpoint.initial_load_in_hf = true." if "initial_load" in option else ""
+        raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
+    return FileSystemReader(path)
+
+
+def _check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:
+    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape."""
+    missing, misshapen = [], []
+    for name, tensor in wanted.items():
+        entry = stored.state_dict_metadata.get(name)
+        if entry is None:
+            missing.append(name)
+        elif isinstance(entry, TensorStorageMetadata) and entry.size != tensor.shape:
+            misshapen.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} in the model")
+    missing, misshapen = _union_over_ranks(missing), _union_over_ranks(misshapen)
+    if missing or misshapen:
+        found = [f"{len(missing)} keys are missing: {', '.join(missing)}."] if missing else []
+        found += [f"{len(misshapen)} keys have another shape: {', '.join(misshapen)}."] if misshapen else []
+        raise ValueError(f"{what} does not fit the model. {' '.join(found)} Check model.flavor and the folder.")
+
+
+def _union_over_ranks(names: list[str]) -> list[str]:
+    """Names found on any rank: pipeline stages see different keys, and all ranks must raise or none."""
+    if not dist.is_initialized():
+        return names
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, names)
+    return list(dict.fromkeys(name for part in gathered for name in part))

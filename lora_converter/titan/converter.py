@@ -1,0 +1,126 @@
+"""The `"lora"` model converter: check in `__init__`, mutate in `convert`, register on the last line.
+
+torchtitan's order: model on meta -> `convert` -> pipeline split (a deep copy per stage) -> TP, CP, AC, compile, FSDP
+-> `to_empty` -> `init_weights` -> optimizer -> checkpointer. Adapters are there from `convert` on, so everything
+after acts on them as on any parameter; their values come with `init_weights`.
+"""
+
+import torch
+import torch.nn as nn
+from torchtitan.components.quantization import QuantizationConverter
+from torchtitan.config import TORCH_DTYPE_MAP
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import model_converter
+from torchtitan.tools.logging import logger
+
+from lora_converter.apply import ParameterCount, apply_lora, count_parameters, freeze_base, reset_adapters
+from lora_converter.config import LoRAConfig
+from lora_converter.linear import subclass_with
+from lora_converter.titan import checkpoint
+from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA
+
+NAME = "lora"
+
+
+class LoRAModel(nn.Module):
+    """What a converted model's class gains: `init_weights` also initialises the adapters.
+
+    The class is swapped, no method is bound to the instance: pipeline stages are deep copies, and a bound method
+    would initialise the original.
+    """
+
+    lora_settings: LoRA
+    lora_seed: int
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
+        super().init_weights(buffer_device=buffer_device)  # type: ignore[misc]
+        reset_adapters(self, seed=self.lora_seed)
+        freeze_base(self)
+        freeze_routing(self)
+
+
+class LoRAConverter:
+    """Fine-tunes low-rank adapters on the frozen model (torchtitan's ModelConverter protocol).
+
+    Raises:
+        ValueError: The `[lora]` section is missing, "lora" stands twice or before a quantization converter, or the
+            checkpoint settings cannot work with adapters.
+    """
+
+    def __init__(self, job_config, parallel_dims: ParallelDims):
+        if not hasattr(job_config, "lora"):
+            raise ValueError(MISSING_CONFIG_MODULE)
+        check_converter_order(job_config.model.converters)
+        checkpoint.check_config(job_config)
+        self.config: LoRA = job_config.lora
+        self.model_name = f"{job_config.model.name}/{job_config.model.flavor}"
+        self.seed = job_config.debug.seed or 0
+        self.adapter_dtype = TORCH_DTYPE_MAP[job_config.training.dtype]
+        checkpoint.use_for_lora_models()
+
+    def convert(self, model: nn.Module) -> None:
+        """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
+        try:
+            apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
+        except ValueError as e:
+            raise ValueError(f"{self.model_name}: {e}") from None
+        model.lora_settings = self.config  # type: ignore[assignment]
+        model.lora_seed = self.seed  # type: ignore[assignment]
+        model.__class__ = subclass_with(LoRAModel, type(model))
+        logger.info(describe(count_parameters(model), self.config))
+
+    def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
+        """Nothing to do after a step."""
+
+
+def check_converter_order(converters: list[str]) -> None:
+    """Adapters sit on linears that are quantized already, and are not quantized themselves.
+
+    Raises:
+        ValueError: `"lora"` stands twice, or a quantization converter stands after it.
+    """
+    if converters.count(NAME) > 1:
+        once = list(dict.fromkeys(converters))
+        raise ValueError(f'model.converters = {converters}: "lora" stands twice. Write {once}.')
+    late = [name for name in converters[converters.index(NAME) :] if _quantizes(name)]
+    if late:
+        right = [name for name in converters if name not in late and name != NAME] + late + [NAME]
+        raise ValueError(
+            f'model.converters = {converters}: {", ".join(late)} stands after "lora" and would quantize the adapters. '
+            f"Write {right}."
+        )
+
+
+def _quantizes(name: str) -> bool:
+    return issubclass(model_converter._registry_model_converter_cls[name], QuantizationConverter)
+
+
+def freeze_routing(model: nn.Module) -> None:
+    """Stops the load balancing of MoE layers, which moves the router's `expert_bias` with every optimizer step.
+
+    The bias is part of the base: an adapter that was trained on a moved one would not fit the base it is loaded on.
+    torchtitan reads the coefficient when the optimizer is built, after `init_weights`.
+    """
+    for module in model.modules():
+        if getattr(module, "load_balance_coeff", None) is not None:
+            module.load_balance_coeff = None  # type: ignore[assignment]
+
+
+def describe(count: ParameterCount, config: LoRAConfig) -> str:
+    """One log line with counts."""
+    return (
+        f"LoRA: {count.adapted} linears adapted (rank {config.rank}, alpha {config.alpha:g}), "
+        f"{_short(count.trainable)} of {_short(count.total)} parameters train "
+        f"({100 * count.trainable / count.total:.2f} %)"
+    )
+
+
+def _short(n: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)
+
+
+model_converter.register_model_converter(LoRAConverter, NAME)

@@ -1,0 +1,25 @@
+"""torchtitan's own trainer and argument handling, on GPUs or, where there is no accelerator, on CPU ranks.
+
+    torchrun --nproc_per_node=2 -m lora_converter.train --job.config_file my.toml [--lora.rank 8 ...]
+"""
+
+import sys
+
+from lora_converter.titan import cpu
+
+
+def main() -> None:
+    """Trains the job that the command line describes."""
+    cpu.prepare()
+    from torchtitan.train import Trainer
+    from torchtitan.train import main as torchtitan_main
+
+    import lora_converter.titan.converter  # registers "lora", so that a forgotten config module gets its message
+    from lora_converter.titan.job_config import require_config_module
+
+    require_config_module(sys.argv[1:])
+    torchtitan_main(Trainer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+# Before any import of torch: children of the test process inherit these.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="lora-converter-datasets-"))
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE / "distributed")]
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def hf_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with random weights as a Hugging Face folder."""
+    from hf_models import save_tiny_llama
+
+    return save_tiny_llama(tmp_path_factory.mktemp("hf_base"))
+
+
+@pytest.fixture(scope="session")
+def dcp_base(hf_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a DCP folder, written by torchtitan's own checkpointer."""
+    from harness import BASE_CONFIG, train
+
+    folder = tmp_path_factory.mktemp("dcp_base")
+    train(
+        folder,
+        "--training.steps=1",
+        "--optimizer.lr=0",
+        f"--checkpoint.initial_load_path={hf_base}",
+        "--checkpoint.initial_load_in_hf",
+        config=BASE_CONFIG,
+    )
+    return folder / "checkpoint" / "step-1"

@@ -1,0 +1,166 @@
+"""One rank, torchtitan's trainer, the tiny model: what trains, what does not, and from where it starts."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from harness import BASE_CONFIG, Run, adapter_state, build, finish, full_state, train
+from hf_models import tiny_llama
+from torchtitan.components.quantization import QuantizationConverter
+
+from lora_converter import LoRALinear, adapter_parameters
+from lora_converter.apply import adapted_linears
+
+FLOAT8 = ["--model.converters=quantize.linear.float8,lora", "--quantize.linear.float8.emulate"]
+
+
+def from_hf(path: Path) -> list[str]:
+    return [f"--checkpoint.initial_load_path={path}", "--checkpoint.initial_load_in_hf"]
+
+
+def logits(run: Run, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return run.trainer.model_parts[0](tokens)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def loaded(tmp_path: Path, *args: str, config: Path | None = None) -> Run:
+    """A trainer with its checkpoint loaded, before the first step."""
+    run = build(tmp_path, *args, **({"config": config} if config else {}))
+    run.trainer.checkpointer.load()
+    return run
+
+
+def test_before_training_the_output_is_the_bases_bit_for_bit(hf_base: Path, tmp_path: Path, tokens) -> None:
+    lora = loaded(tmp_path / "lora", *from_hf(hf_base))
+    base = loaded(tmp_path / "base", *from_hf(hf_base), config=BASE_CONFIG)
+    assert not any(isinstance(m, LoRALinear) for m in base.trainer.model_parts[0].modules())
+    assert torch.equal(logits(lora, tokens), logits(base, tokens))
+
+
+def test_the_base_from_hugging_face_is_transformers_model(hf_base: Path, tmp_path: Path, tokens) -> None:
+    run = loaded(tmp_path, *from_hf(hf_base))
+    with torch.no_grad():
+        expected = tiny_llama()(input_ids=tokens).logits
+    # fp32 with another attention kernel and another order of RoPE's rows.
+    torch.testing.assert_close(logits(run, tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dcp_base_and_a_hugging_face_base_are_the_same_base(hf_base: Path, dcp_base: Path, tmp_path: Path) -> None:
+    hf = loaded(tmp_path / "hf", *from_hf(hf_base))
+    dcp = loaded(tmp_path / "dcp", f"--checkpoint.initial_load_path={dcp_base}")
+    first, second = full_state(hf), full_state(dcp)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("converters", [[], FLOAT8], ids=["plain", "float8"])
+def test_training_moves_the_adapters_and_nothing_else(hf_base: Path, tmp_path: Path, converters: list[str]) -> None:
+    run = build(tmp_path, *from_hf(hf_base), *converters)
+    model = run.trainer.model_parts[0]
+    optimizer = run.trainer.optimizers.optimizers[0]
+    run.trainer.checkpointer.load()
+    before = full_state(run)
+    gradients: set[str] = set()
+    step = optimizer.step
+
+    def look_at_gradients(*args, **kwargs):
+        gradients.update(name for name, param in model.named_parameters() if param.grad is not None)
+        return step(*args, **kwargs)
+
+    optimizer.step = look_at_gradients
+    finish(run)
+
+    after = full_state(run)
+    adapters = adapter_parameters(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(adapters) == 2 * 28
+    assert changed == set(adapters) == gradients
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapters)
+    assert set(optimizer.state) == set(adapters.values())
+
+
+def test_adapters_on_a_float8_base_are_not_quantized(hf_base: Path, tmp_path: Path) -> None:
+    from torchao.float8.float8_linear import Float8Linear
+
+    run = build(tmp_path, *from_hf(hf_base), *FLOAT8)
+    linears = list(adapted_linears(run.trainer.model_parts[0]))
+    assert len(linears) == 28 and all(isinstance(linear, Float8Linear) for linear in linears)
+    factors = [factor for linear in linears for factor in (linear.lora_a, linear.lora_b)]
+    assert not any(isinstance(factor, Float8Linear) for factor in factors)
+    run.trainer.close()
+
+
+def test_bare_parameters_norms_and_embeddings_are_frozen(hf_base: Path, tmp_path: Path) -> None:
+    run = build(tmp_path, *from_hf(hf_base))
+    model = run.trainer.model_parts[0]
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {"tok_embeddings.weight", "norm.weight", "layers.0.attention_norm.weight", "output.weight"} <= frozen
+    run.trainer.close()
+
+
+def test_a_deep_copied_model_initialises_itself_and_not_the_original() -> None:
+    """What a pipeline stage is: a deep copy of the converted meta model, materialised later."""
+    from torchtitan.models.llama3 import Transformer, llama3_args
+
+    from lora_converter.titan.converter import LoRAConverter
+
+    with torch.device("meta"):
+        model = Transformer(llama3_args["tiny"])
+    converter = object.__new__(LoRAConverter)
+    from lora_converter.titan.job_config import LoRA
+
+    converter.config, converter.seed, converter.adapter_dtype = LoRA(rank=4), 3, torch.float32
+    converter.convert(model)
+    stage = copy.deepcopy(model)
+    stage.to_empty(device="cpu")
+    with torch.no_grad():
+        for param in stage.parameters():
+            param.fill_(torch.nan)
+        stage.init_weights()
+    assert all(param.is_meta for param in model.parameters())
+    assert all(torch.isfinite(param).all() for param in stage.parameters())
+
+
+def test_adapters_of_another_run_are_where_training_starts(hf_base: Path, tmp_path: Path) -> None:
+    first = train(tmp_path / "first", *from_hf(hf_base))
+    path = tmp_path / "first" / "checkpoint" / "step-3"
+    second = loaded(tmp_path / "second", *from_hf(hf_base), f"--lora.initial_adapter_path={path}")
+    trained, started = adapter_state(first), adapter_state(second)
+    assert all(torch.equal(trained[name], started[name]) for name in trained)
+    assert second.trainer.step == 0
+    second.trainer.close()
+
+
+def test_quantization_converters_are_what_the_order_check_takes_them_for() -> None:
+    from torchtitan.protocols.model_converter import _registry_model_converter_cls as registry
+
+    assert {name for name, cls in registry.items() if issubclass(cls, QuantizationConverter)} == {
+        "quantize.linear.float8",
+        "quantize.linear.mx",
+        "quantize.grouped_mm.float8",
+        "quantize.grouped_mm.mx",
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "flavor", "adapted"),
+    [("deepseek_v3", "debugmodel", 42), ("qwen3", "debugmodel_moe", 32), ("llama4", "debugmodel", 42)],
+)
+def test_moe_debug_models_train_on_cpu_with_their_routing_frozen(
+    tmp_path: Path, model: str, flavor: str, adapted: int
+) -> None:
+    options = [f"--model.name={model}", f"--model.flavor={flavor}", "--checkpoint.initial_load_path="]
+    run = build(tmp_path, *options, "--training.steps=2", "--training.local_batch_size=1", "--checkpoint.no-enable")
+    names = [linear.lora_fqn for linear in adapted_linears(run.trainer.model_parts[0])]
+    assert not any("router" in name or name == "output" for name in names)
+    before = {name: value.clone() for name, value in run.trainer.model_parts[0].state_dict().items()}
+    finish(run)
+    after = run.trainer.model_parts[0].state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.lora_{factor}.weight" for name in names for factor in "ab"}
+    assert len(names) == adapted
