@@ -120,7 +120,7 @@ def add_adapter(linear: nn.Linear, config: LoRAConfig, *, fqn: str, dtype: torch
     linear.lora_fqn = fqn  # type: ignore[assignment]
     linear.lora_a = LoRAFactor(linear.in_features, config.rank, rank_dim=0, like=like)
     linear.lora_b = LoRAFactor(config.rank, linear.out_features, rank_dim=1, like=like)
-    linear.__class__ = subclass_with(LoRALinear, type(linear))
+    linear.__class__ = subclass_with(LoRALinear, type(linear))  # type: ignore[arg-type]
     assert isinstance(linear, LoRALinear)
     return linear
 

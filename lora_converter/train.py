@@ -1,6 +1,6 @@
 """torchtitan's own trainer and argument handling, on GPUs or, where there is no accelerator, on CPU ranks.
 
-    torchrun --nproc_per_node=2 -m lora_converter.train --job.config_file my.toml [--lora.rank 8 ...]
+torchrun --nproc_per_node=2 -m lora_converter.train --job.config_file my.toml [--lora.rank 8 ...]
 """
 
 import sys
@@ -14,7 +14,7 @@ def main() -> None:
     from torchtitan.train import Trainer
     from torchtitan.train import main as torchtitan_main
 
-    import lora_converter.titan.converter  # registers "lora", so that a forgotten config module gets its message
+    import lora_converter.titan.converter  # noqa: F401  registers "lora", also where the config module was forgotten
     from lora_converter.titan.job_config import require_config_module
 
     require_config_module(sys.argv[1:])

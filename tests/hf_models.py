@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"]) -> LlamaForCausalLM:
-    """The `tiny` flavor as transformers has it: grouped-query attention, Llama 3 RoPE scaling, fp32, eager attention."""
+    """The `tiny` flavor as transformers has it: fp32, grouped-query attention, Llama 3 RoPE scaling."""
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=192,

@@ -27,6 +27,8 @@ from lora_converter.apply import adapted_linears, adapter_parameters
 from lora_converter.linear import stable_hash
 from lora_converter.titan.job_config import LoRA
 
+BASE_OPTION = "checkpoint.initial_load_path"
+
 _GROUPS = "param_groups."
 
 
@@ -134,7 +136,7 @@ class LoRACheckpointManager(CheckpointManager):
         self._step_to_seed = curr_step
 
     def _seed_step(self, model: nn.Module, args: Any) -> None:
-        """Before the first forward of a step: its dropout masks depend on seed and step, so a resumed run has them too."""
+        """Before a step's first forward: dropout masks depend on seed and step alone, so a resumed run has the same."""
         if model.training and self._step_to_seed is not None:
             torch.manual_seed(stable_hash(f"{self._process_seed}:{self._step_to_seed}"))
             self._step_to_seed = None
@@ -155,7 +157,7 @@ class LoRACheckpointManager(CheckpointManager):
         elif self.initial_load_in_hf:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         else:
-            reader = _dcp_reader(path, "checkpoint.initial_load_path")
+            reader = _dcp_reader(path, BASE_OPTION)
         _check_fits(state_dict, reader.read_metadata(), f"The base in {path}")
 
         def load() -> None:
@@ -247,7 +249,7 @@ def use_for_lora_models() -> None:
     which is `__main__` under `-m torchtitan.train`; so the choice is made where all of them meet, in `__new__`.
     Remove when TrainSpec can name a checkpointer. Other models get torchtitan's own.
     """
-    CheckpointManager.__new__ = staticmethod(_new_manager)  # type: ignore[method-assign, assignment]
+    CheckpointManager.__new__ = staticmethod(_new_manager)  # type: ignore[assignment]
 
 
 def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, **kwargs: Any) -> CheckpointManager:
@@ -257,7 +259,7 @@ def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, 
 
 def _dcp_reader(path: str, option: str) -> FileSystemReader:
     if not os.path.isfile(os.path.join(path, ".metadata")):
-        hint = " For a Hugging Face folder set checkpoint.initial_load_in_hf = true." if "initial_load" in option else ""
+        hint = " For a Hugging Face folder set checkpoint.initial_load_in_hf = true." if option == BASE_OPTION else ""
         raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
     return FileSystemReader(path)
 

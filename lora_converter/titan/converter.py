@@ -67,7 +67,7 @@ class LoRAConverter:
             raise ValueError(f"{self.model_name}: {e}") from None
         model.lora_settings = self.config  # type: ignore[assignment]
         model.lora_seed = self.seed  # type: ignore[assignment]
-        model.__class__ = subclass_with(LoRAModel, type(model))
+        model.__class__ = subclass_with(LoRAModel, type(model))  # type: ignore[arg-type]
         logger.info(describe(count_parameters(model), self.config))
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:

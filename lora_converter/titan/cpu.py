@@ -52,7 +52,7 @@ def _choose_cpu_device() -> None:
             )
         return
     original = torch._utils._get_available_device_type, torch._utils._get_device_module
-    torch._utils._get_available_device_type = lambda: "cpu"  # type: ignore[assignment]
+    torch._utils._get_available_device_type = lambda: "cpu"
     torch._utils._get_device_module = lambda _: _cpu_device_module()  # type: ignore[assignment]
     try:
         importlib.import_module("torchtitan.tools.utils")
@@ -115,7 +115,7 @@ def _reset_peak_memory(device: Any = None) -> None:
 
 def _set_unknown_peak_flops() -> None:
     """A CPU's peak is not in torchtitan's table, which would fall back to an A100's; nan shows as an unknown MFU."""
-    utils = importlib.import_module("torchtitan.tools.utils")
+    utils: Any = importlib.import_module("torchtitan.tools.utils")
     utils.get_peak_flops = lambda device_name: float("nan")
 
 
@@ -173,8 +173,7 @@ def _register_ring_attention() -> None:
         )
         return as_dtensors(results, query)
 
-    cp.custom_ops[forward_op] = forward
-    cp.custom_ops[backward_op] = backward
+    cp.custom_ops.update({forward_op: forward, backward_op: backward})  # type: ignore[dict-item]
 
 
 def _count_integers_with_histc() -> None:
@@ -187,10 +186,10 @@ def _count_integers_with_histc() -> None:
             return histc(input, *args, **kwargs)
         return histc(input.float(), *args, **kwargs).to(input.dtype)
 
-    torch.histc = histc_of_integers  # type: ignore[assignment]
+    torch.histc = histc_of_integers
 
 
 def _permute_tokens_without_triton() -> None:
     """The token permutation of grouped matrix products is a Triton kernel with a CPU twin behind a flag."""
-    moe = importlib.import_module("torchtitan.models.moe.utils")
+    moe: Any = importlib.import_module("torchtitan.models.moe.utils")
     moe.generate_permute_indices = functools.partial(moe.generate_permute_indices, use_cpu=True)

@@ -1,6 +1,7 @@
 """One rank, torchtitan's trainer, the tiny model: what trains, what does not, and from where it starts."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,11 @@ def test_moe_debug_models_train_on_cpu_with_their_routing_frozen(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {f"{name}.lora_{factor}.weight" for name in names for factor in "ab"}
     assert len(names) == adapted
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
+def test_compiled_blocks_train_as_eager_ones_do(hf_base: Path, tmp_path: Path) -> None:
+    eager = train(tmp_path / "eager", *from_hf(hf_base))
+    compiled = train(tmp_path / "compiled", *from_hf(hf_base), "--compile.enable", "--compile.components=model")
+    # fp32 with other kernels.
+    torch.testing.assert_close(torch.tensor(compiled.losses), torch.tensor(eager.losses), rtol=1e-5, atol=0)

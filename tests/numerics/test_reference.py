@@ -22,19 +22,16 @@ HF_NAMES = {
 
 
 def peft_twin(run: Run) -> torch.nn.Module:
-    """transformers' model with PEFT's adapters, A as in the run. B is zero, so row orders do not matter at the start."""
+    """transformers' model with PEFT's adapters, A as in the run. B starts at zero, so row orders do not matter."""
     config = LoraConfig(r=4, lora_alpha=32, target_modules=[name.split(".")[1] for name in HF_NAMES.values()])
     model = get_peft_model(tiny_llama(), config)
     twin = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in adapter_state(run).items():
-            _, layer, module, factor, _ = name.replace("attention.", "attention_").replace("forward.", "forward_").split(
-                "."
-            )
-            hf = HF_NAMES[module.replace("attention_", "attention.").replace("forward_", "forward.")]
-            target = twin[f"base_model.model.model.layers.{layer}.{hf}.lora_{factor[-1].upper()}.default.weight"]
-            assert target.requires_grad and (factor == "lora_a" or not value.any())
-            target.copy_(value)
+            _, layer, block, linear, factor, _ = name.split(".")
+            target = f"layers.{layer}.{HF_NAMES[f'{block}.{linear}']}.lora_{factor[-1].upper()}.default.weight"
+            assert factor == "lora_a" or not value.any()
+            twin[f"base_model.model.model.{target}"].copy_(value)
     return model
 
 
