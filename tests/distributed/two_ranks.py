@@ -31,6 +31,9 @@ def _trains(folder: Path, *layout: str) -> None:
     run = build(folder, *source, *layout)
     for name, value in adapter_state(run).items():
         assert torch.equal(value, one_device_adapters()[name]), name
+    parts = run.trainer.model_parts
+    trained = {p for part in parts for p in adapter_parameters(part).values()}
+    assert {p for part in parts for p in part.parameters() if p.requires_grad} == trained
     finish(run)
     losses = torch.tensor(run.losses)
     dist.all_reduce(losses, op=dist.ReduceOp.MAX)  # under PP the last stage alone knows the loss

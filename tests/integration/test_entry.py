@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from harness import ROOT, TINY_ARGS, parse
+
+from lora_converter.titan import cpu
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 
@@ -101,3 +104,15 @@ def test_every_config_parses_names_a_flavor_that_exists_and_shows_its_command(na
     assert config.model.flavor in spec.model_args
     head = path.read_text().split("\n[")[0]
     assert "torchrun " in head and f"configs/{name}.toml" in head
+
+
+def test_memory_figures_on_cpu_are_resident_memory_and_its_peak_can_be_reset() -> None:
+    cpu._reset_peak_memory()
+    before = cpu._memory_stats()["active_bytes.all.peak"]
+    block = torch.ones(50_000_000)  # 200 MB
+    during = cpu._memory_stats()["active_bytes.all.peak"]
+    del block
+    cpu._reset_peak_memory()
+    after = cpu._memory_stats()["active_bytes.all.peak"]
+    assert during - before > 190e6 and during - after > 190e6
+    assert before < cpu._total_memory()
