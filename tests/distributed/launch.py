@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PATHS = [HERE.parents[1], HERE.parent, HERE]
 
 
 def check_names(file: str) -> list[str]:
@@ -29,7 +30,7 @@ def launch(file: str, ranks: int, folder: Path, timeout: float = 900) -> dict[st
     """
     verdicts = folder / "verdicts.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{HERE.parent}:{HERE}")
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, PATHS)))
     result = subprocess.run(
         [*command, str(HERE / file), str(folder)], env=env, capture_output=True, text=True, timeout=timeout
     )
