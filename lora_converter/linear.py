@@ -18,7 +18,8 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_converter.config import LoRAConfig
 
@@ -37,6 +38,12 @@ class LoRAFactor(nn.Linear):
     rank_dim: int
     """Tensor dim of `weight` that is the rank: 0 for A, 1 for B."""
 
+    whole_over: DeviceMesh | None = None
+    """
+    The tensor-parallel mesh over which the factor was kept whole. Each rank's gradient of it is then a partial sum,
+    which `gradients.sum_partial_gradients` completes.
+    """
+
     def __init__(self, in_features: int, out_features: int, *, rank_dim: int, like: torch.Tensor):
         super().__init__(in_features, out_features, bias=False, device=like.device, dtype=like.dtype)
         self.rank_dim = rank_dim
@@ -44,6 +51,7 @@ class LoRAFactor(nn.Linear):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As `nn.Module`'s, but a tensor-parallel shard of the rank dim becomes Replicate."""
         if isinstance(param, DTensor) and param.placements == (Shard(self.rank_dim),):
+            self.whole_over = param.device_mesh
             whole = distribute_tensor(self.weight.detach(), param.device_mesh, [Replicate()])
             param = nn.Parameter(whole, requires_grad=self.weight.requires_grad)
         super().register_parameter(name, param)
@@ -71,14 +79,44 @@ class LoRALinear(nn.Linear):
     lora_fqn: str
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., in_features) -> (..., out_features).
-
-        Under tensor parallelism the update has the base output's placement, Shard(-1) or Partial, so the sum needs
-        no collective.
-        """
+        """x: (..., in_features) -> (..., out_features)."""
         out = super().forward(x)
         x = F.dropout(x, self.lora_config.dropout, self.training)
-        return out + self.lora_b(self.lora_a(x) * self.lora_config.scaling)
+        if self.lora_a.whole_over is not None:
+            return out + self._column_wise_update(x, out, self.lora_a.whole_over)
+        if self.lora_b.whole_over is not None:
+            return out + self._row_wise_update(x, out, self.lora_b.whole_over)
+        return out + self._update(x, self.lora_a.weight, self.lora_b.weight)
+
+    def _update(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """s · (x Aᵀ) Bᵀ."""
+        return F.linear(F.linear(x, a) * self.lora_config.scaling, b)
+
+    def _local_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's parts of A and B. Their gradients keep the parameters' placements, see `gradients.py`."""
+        a, b = self.lora_a.weight, self.lora_b.weight
+        assert isinstance(a, DTensor) and isinstance(b, DTensor)
+        return a.to_local(), b.to_local()
+
+    def _column_wise_update(self, x: torch.Tensor, out: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        """The update beside a column-wise base, on local tensors, without a collective.
+
+        x Replicate, A Replicate, B Shard(0) -> Shard(-1), as the base output. Backward: the gradient of x is Partial,
+        as the base's own; that of A is a partial sum.
+        """
+        local = _local(x, mesh, Replicate(), grad=Partial())
+        update = self._update(local, *self._local_factors())
+        return _like(out, update, mesh, Shard(out.ndim - 1))
+
+    def _row_wise_update(self, x: torch.Tensor, out: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        """The update beside a row-wise base, on local tensors, without a collective.
+
+        x Shard(-1), A Shard(1), B Replicate -> Partial, as the base output: both are summed at once. Backward: the
+        gradient of x is Shard(-1), as the base's own; that of B is a partial sum.
+        """
+        local = _local(x, mesh, Shard(x.ndim - 1), grad=Shard(x.ndim - 1))
+        update = self._update(local, *self._local_factors())
+        return _like(out, update, mesh, Partial())
 
     @torch.no_grad()
     def reset_adapter(self, seed: int) -> None:
@@ -139,6 +177,19 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
     if isinstance(param, DTensor):
         full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
     param.copy_(full)
+
+
+def _local(x: torch.Tensor, mesh: DeviceMesh, placement: Placement, *, grad: Placement) -> torch.Tensor:
+    """This rank's part of x under `placement`; its gradient comes back with placement `grad`."""
+    assert isinstance(x, DTensor)
+    if x.placements != (placement,):  # a redistribution that changes nothing would still all-reduce a Partial gradient
+        x = x.redistribute(mesh, [placement])
+    return x.to_local(grad_placements=[grad])
+
+
+def _like(out: torch.Tensor, local: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """`local` as a DTensor of the global shape of `out`, which a local shape does not give where shards are uneven."""
+    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=out.shape, stride=out.stride())
 
 
 def stable_hash(text: str) -> int:

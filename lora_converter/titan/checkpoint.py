@@ -17,14 +17,21 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint import FileSystemReader, StorageReader
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, CheckpointManager, ModelWrapper
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
 from lora_converter.apply import adapted_linears, adapter_parameters
 from lora_converter.linear import stable_hash
+from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 
 BASE_OPTION = "checkpoint.initial_load_path"
@@ -53,18 +60,25 @@ class OptimizerState(Stateful):
         param_groups.<option>   for torchtitan's param_groups.<fqn>.<option> of all parameters
     """
 
-    def __init__(self, optimizers: Stateful):
-        self.optimizers = optimizers
+    _options = StateDictOptions(flatten_optimizer_state_dict=True)
+
+    def __init__(self, optimizers: OptimizersContainer):
+        stages = zip(optimizers.model_parts, optimizers.optimizers, strict=True)
+        # A pipeline stage without adapters has nothing to store, which torch takes for an error.
+        self._stages = [(part, opt) for part, opt in stages if any(group["params"] for group in opt.param_groups)]
 
     def state_dict(self) -> dict[str, Any]:
         compact: dict[str, Any] = {}
-        for name, value in self.optimizers.state_dict().items():
-            assert compact.setdefault(_once(name), value) is value or compact[_once(name)] == value, name
+        for part, optimizer in self._stages:
+            for name, value in get_optimizer_state_dict(part, optimizer, options=self._options).items():
+                assert compact.setdefault(_once(name), value) is value or compact[_once(name)] == value, name
         return compact
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        names = self.optimizers.state_dict()
-        self.optimizers.load_state_dict({name: state_dict[_once(name)] for name in names})
+        for part, optimizer in self._stages:
+            names = get_optimizer_state_dict(part, optimizer, options=self._options)
+            values = {name: state_dict[_once(name)] for name in names}
+            set_optimizer_state_dict(part, optimizer, values, options=self._options)
 
 
 def _once(name: str) -> str:
@@ -148,22 +162,25 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _check_base(self, path: str) -> Callable[[], None]:
         """Checks the base folder against the model; what it returns loads it."""
-        adapter = self.sd_adapter if self.initial_load_in_hf else None
         state_dict = self.base.state_dict()
-        reader: StorageReader
-        if adapter is not None:
-            state_dict = adapter.to_hf(state_dict)
-            reader = adapter.get_hf_storage_reader(path, self.initial_load_in_hf_quantized)
-        elif self.initial_load_in_hf:
-            raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
+        what = f"The base in {path}"
+        if self.initial_load_in_hf:
+            if self.sd_adapter is None:
+                raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
+            base = HuggingFaceBase(self.sd_adapter, path, state_dict, quantized=self.initial_load_in_hf_quantized)
+            _check_fits(base.wanted(), base.metadata(), what)
+            read = base.load
         else:
             reader = _dcp_reader(path, BASE_OPTION)
-        _check_fits(state_dict, reader.read_metadata(), f"The base in {path}")
+            _check_fits(state_dict, reader.read_metadata(), what)
+
+            def read() -> dict[str, Any]:
+                dcp.load(state_dict, storage_reader=reader)
+                return state_dict
 
         def load() -> None:
             logger.info(f"LoRA: loading the base from {path}.")
-            dcp.load(state_dict, storage_reader=reader)
-            self.base.load_state_dict(adapter.from_hf(state_dict) if adapter is not None else state_dict)
+            self.base.load_state_dict(read())
 
         return load
 
@@ -234,6 +251,11 @@ def check_config(job_config) -> None:
         raise ValueError(
             "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
             "Leave it at true; a LoRA run resumes from its own checkpoint folder."
+        )
+    if job_config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
+            "the backward. Leave it at false; they take little memory."
         )
     if config.last_save_in_hf:
         raise ValueError(

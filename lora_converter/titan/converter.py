@@ -15,9 +15,11 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.apply import ParameterCount, apply_lora, count_parameters, freeze_base, reset_adapters
 from lora_converter.config import LoRAConfig
+from lora_converter.gradients import mark_partial_gradients
 from lora_converter.linear import subclass_with
-from lora_converter.titan import checkpoint
+from lora_converter.titan import checkpoint, optimizer
 from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA
+from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
 NAME = "lora"
 
@@ -36,6 +38,8 @@ class LoRAModel(nn.Module):
         """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
         super().init_weights(buffer_device=buffer_device)  # type: ignore[misc]
         reset_adapters(self, seed=self.lora_seed)
+        mark_partial_gradients(self)
+        optimizer.sum_ddp_gradients(self)
         freeze_base(self)
         freeze_routing(self)
 
@@ -53,11 +57,13 @@ class LoRAConverter:
             raise ValueError(MISSING_CONFIG_MODULE)
         check_converter_order(job_config.model.converters)
         checkpoint.check_config(job_config)
+        self.job_config, self.parallel_dims = job_config, parallel_dims
         self.config: LoRA = job_config.lora
         self.model_name = f"{job_config.model.name}/{job_config.model.flavor}"
         self.seed = job_config.debug.seed or 0
         self.adapter_dtype = TORCH_DTYPE_MAP[job_config.training.dtype]
         checkpoint.use_for_lora_models()
+        optimizer.install()
 
     def convert(self, model: nn.Module) -> None:
         """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
@@ -65,6 +71,7 @@ class LoRAConverter:
             apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
+        store_frozen_in_compute_dtype(model, self.job_config, self.parallel_dims)
         model.lora_settings = self.config  # type: ignore[assignment]
         model.lora_seed = self.seed  # type: ignore[assignment]
         model.__class__ = subclass_with(LoRAModel, type(model))  # type: ignore[arg-type]

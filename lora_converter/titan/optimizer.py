@@ -1,0 +1,85 @@
+"""From gradients to the optimizer: what stands between torchtitan's and one run on every layout.
+
+1. Under tensor parallelism some of the adapters' gradients are partial sums (`gradients.py`); they are completed before
+   clipping. Remove the workaround when the trainer has a hook there.
+2. A pipeline stage without adapters has no parameter to optimise and no gradient to take a norm of. Remove when
+   `OptimizersContainer` and `clip_grad_norm_` accept a stage that is frozen.
+3. torchtitan 0.2.2 divides the loss by the tokens of all data-parallel ranks, so gradients are to be summed over them,
+   as it tells FSDP2; its DDP averages them. Remove when it sums there too.
+
+1 and 2 wrap torchtitan's own functions, once and without effect on other models; 3 acts on the converted model alone.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed._composable.replicate import DDP
+from torch.optim import Optimizer
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import utils as dist_utils
+
+from lora_converter.gradients import sum_partial_gradients
+
+
+@functools.cache
+def install() -> None:
+    """Wraps `clip_grad_norm_`, which the trainer calls once per step, and `OptimizersContainer`."""
+    dist_utils.clip_grad_norm_ = _clip_complete_gradients(dist_utils.clip_grad_norm_)
+    OptimizersContainer.__init__ = _accept_frozen_stages(OptimizersContainer.__init__)  # type: ignore[method-assign]
+    OptimizersContainer._post_init = _post_init  # type: ignore[method-assign]
+
+
+def sum_ddp_gradients(model: nn.Module) -> None:
+    """Makes DDP sum the gradients of a replicated model, where it would average them; other models are left alone."""
+    if isinstance(model, DDP):
+        model.register_comm_hook(None, _sum_bucket)
+
+
+def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """A DDP communication hook. torchtitan's DDP always spans the whole world."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def _clip_complete_gradients(clip: Any) -> Any:
+    @functools.wraps(clip)
+    def clip_complete(parameters: Iterable[nn.Parameter], *args: Any, **kwargs: Any) -> torch.Tensor:
+        parameters = list(parameters)
+        sum_partial_gradients(parameters)
+        if not any(p.grad is not None for p in parameters):
+            # A norm of no gradients is a CPU scalar, which NCCL cannot sum over the stages. A zero gradient on the
+            # smallest parameter gives a zero norm on the right device and mesh.
+            smallest = min(parameters, key=lambda p: p.numel())
+            smallest.grad = torch.zeros_like(smallest)
+            try:
+                return clip(parameters, *args, **kwargs)
+            finally:
+                smallest.grad = None
+        return clip(parameters, *args, **kwargs)
+
+    return clip_complete
+
+
+def _accept_frozen_stages(init: Any) -> Any:
+    @functools.wraps(init)
+    def init_container(self: Any, model_parts: Any, optimizer_cls: Any, optimizer_kwargs: Any) -> None:
+        def make(params: Any, **kwargs: Any) -> Optimizer:
+            return optimizer_cls(_or_empty_group(params), **kwargs)
+
+        init(self, model_parts, make, optimizer_kwargs)
+
+    return init_container
+
+
+def _post_init(self: Any, all_params: list[nn.Parameter], optimizer_kwargs: dict[str, Any]) -> None:
+    Optimizer.__init__(self, _or_empty_group(all_params), optimizer_kwargs)
+
+
+def _or_empty_group(params: list[nn.Parameter]) -> list[Any]:
+    """torch refuses an empty list of parameters, but takes a group that has none."""
+    return params or [{"params": []}]
