@@ -27,6 +27,7 @@ TP2 = ["--parallelism.tensor_parallel_degree=2"]
 PP2 = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_microbatch_size=2"]
 CP2 = ["--parallelism.context_parallel_degree=2"]
 FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
+EP2 = ["--parallelism.expert_parallel_degree=2"]
 INTERLEAVED = ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B"]
 REPLICATE2 = ["--parallelism.data_parallel_replicate_degree=2"]
 MOE = ["--model.name=deepseek_v3", "--model.flavor=tiny"]
@@ -46,8 +47,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP2 x CP2 x FSDP2": (8, [*PP2, *CP2, *FSDP2]),
     "MoE, 1 rank": (1, MOE),
     "MoE, FSDP2": (2, [*MOE, *FSDP2]),
-    "MoE, EP2": (2, [*MOE, *FSDP2, "--parallelism.expert_parallel_degree=2"]),
-    "MoE, EP2 x TP2": (4, [*MOE, *FSDP2, *TP2, "--parallelism.expert_parallel_degree=2"]),
+    "MoE, EP2": (2, [*MOE, *FSDP2, *EP2]),
+    "MoE, EP2 x TP2": (4, [*MOE, *FSDP2, *TP2, *EP2, "--parallelism.expert_tensor_parallel_degree=2"]),
 }
 
 deepseekv3_args["tiny"] = DeepSeekV3ModelArgs(

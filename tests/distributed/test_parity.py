@@ -1,6 +1,5 @@
 """The parity table: each layout against one rank on the same global batches. `scripts/parity.sh` prints it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,20 @@ def verdicts(bases: Path) -> dict[str, Any]:
         folder = bases / f"{ranks}-ranks"
         folder.mkdir()
         found.update(launch("parity.py", ranks=ranks, folder=folder, checks=rows))
-    out = ROOT / "outputs"
-    out.mkdir(exist_ok=True)
-    (out / "parity.json").write_text(json.dumps({row: verdict["figures"] for row, verdict in found.items()}, indent=2))
+    write_table(ROOT / "outputs" / "parity.md", found)
     return found
+
+
+def write_table(path: Path, verdicts: dict[str, Any]) -> None:
+    """The README's table."""
+    lines = ["| layout | ranks | loss | gradient norm | final adapter |", "|---|---|---|---|---|"]
+    for layout in MANY:
+        figures = verdicts[layout]["figures"] or {}
+        norm = "see limits" if "PP" in layout else f"{figures.get('grad_norm', float('nan')):.1e}"
+        loss, adapter = (f"{figures.get(name, float('nan')):.1e}" for name in ("loss", "adapter"))
+        lines.append(f"| {layout} | {LAYOUTS[layout][0]} | {loss} | {norm} | {adapter} |")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.mark.parametrize("layout", MANY)

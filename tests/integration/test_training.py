@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import BASE_CONFIG, Run, adapter_state, build, finish, full_state, train
+from harness import BASE_CONFIG, Run, adapter_state, build, finish, full_state, parse, train
 from hf_models import tiny_llama
 from torchtitan.components.quantization import QuantizationConverter
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3 import Transformer, llama3_args
 
 from lora_converter import LoRALinear, adapter_parameters
 from lora_converter.apply import adapted_linears
+from lora_converter.titan.converter import LoRAConverter
 
 FLOAT8 = ["--model.converters=quantize.linear.float8,lora", "--quantize.linear.float8.emulate"]
 
@@ -104,19 +107,12 @@ def test_bare_parameters_norms_and_embeddings_are_frozen(hf_base: Path, tmp_path
     run.trainer.close()
 
 
-def test_a_deep_copied_model_initialises_itself_and_not_the_original() -> None:
+def test_a_deep_copied_model_initialises_itself_and_not_the_original(tmp_path: Path) -> None:
     """What a pipeline stage is: a deep copy of the converted meta model, materialised later."""
-    from torchtitan.models.llama3 import Transformer, llama3_args
-
-    from lora_converter.titan.converter import LoRAConverter
-
     with torch.device("meta"):
         model = Transformer(llama3_args["tiny"])
-    converter = object.__new__(LoRAConverter)
-    from lora_converter.titan.job_config import LoRA
-
-    converter.config, converter.seed, converter.adapter_dtype = LoRA(rank=4), 3, torch.float32
-    converter.convert(model)
+    one_rank = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    LoRAConverter(parse(tmp_path, "--checkpoint.initial_load_path="), one_rank).convert(model)
     stage = copy.deepcopy(model)
     stage.to_empty(device="cpu")
     with torch.no_grad():

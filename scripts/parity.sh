@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Trains one job under every layout, 1 to 8 CPU ranks, and prints the largest relative differences to one rank.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+install_into_venv '[dev]'
+python -m pytest -q tests/distributed/test_parity.py
+cat outputs/parity.md
