@@ -29,7 +29,7 @@ from torchtitan.components.checkpoint import MODEL, OPTIMIZER, CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
-from lora_converter.apply import adapted_linears, adapter_parameters
+from lora_converter.apply import adapter_parameters
 from lora_converter.linear import stable_hash
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
@@ -265,7 +265,7 @@ def check_config(job_config) -> None:
 
 
 def use_for_lora_models() -> None:
-    """Makes every `CheckpointManager(...)` over a model with adapters a `LoRACheckpointManager`.
+    """Makes every `CheckpointManager(...)` over a converted model a `LoRACheckpointManager`.
 
     torchtitan 0.2.2 has no setting for the checkpointer's class, and the trainer finds the name in its own module,
     which is `__main__` under `-m torchtitan.train`; so the choice is made where all of them meet, in `__new__`.
@@ -275,8 +275,9 @@ def use_for_lora_models() -> None:
 
 
 def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, **kwargs: Any) -> CheckpointManager:
-    adapted = any(True for part in model_parts for _ in adapted_linears(part))
-    return object.__new__(LoRACheckpointManager if cls is CheckpointManager and adapted else cls)
+    # Asked of the model and not of its linears: a pipeline stage may have no adapter.
+    converted = any(hasattr(part, "lora_settings") for part in model_parts)
+    return object.__new__(LoRACheckpointManager if cls is CheckpointManager and converted else cls)
 
 
 def _dcp_reader(path: str, option: str) -> FileSystemReader:

@@ -34,6 +34,7 @@ def prepare() -> bool:
     _choose_cpu_device()
     _set_unknown_peak_flops()
     _reduce_with_plain_sums()
+    _shard_attention_over_heads()
     _register_ring_attention()
     _count_integers_with_histc()
     _permute_tokens_without_triton()
@@ -131,6 +132,23 @@ def _reduce_with_plain_sums() -> None:
         self.set_force_sum_reduction_for_comms(True)
 
     FSDPModule.set_gradient_divide_factor = set_factor_and_plain_sum  # type: ignore[method-assign]
+
+
+def _shard_attention_over_heads() -> None:
+    """DTensor can shard the CUDA attention kernels over batch or heads, but not the CPU one (qwen3 under TP)."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    def like_the_query(outputs: int, tensors: int) -> Callable[..., Any]:
+        def shardings(*args: Any, **kwargs: Any) -> list[tuple[list, list]]:
+            rest = [None] * (len(args) - tensors)
+            return [([p] * outputs, [p] * tensors + rest) for p in (Replicate(), Shard(0), Shard(1))]
+
+        return shardings
+
+    aten = torch.ops.aten
+    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)(like_the_query(2, 3))
+    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(like_the_query(3, 6))
 
 
 def _register_ring_attention() -> None:

@@ -32,8 +32,9 @@ def launch(file: str, *, ranks: int, folder: Path, checks: Sequence[str], timeou
     (folder / "output.log").write_text(output)
     verdicts = folder / "verdicts.json"
     found = json.loads(verdicts.read_text()) if verdicts.exists() else {}
-    tail = "\n".join(output.splitlines()[-60:])
-    return {name: found.get(name, {"error": f"not run\n{tail}", "figures": None}) for name in checks}
+    told = output.partition(" failed on rank ")[2] or output
+    not_run = {"error": "not run: " + "\n".join(told.splitlines()[:60]), "figures": None}
+    return {name: found.get(name, not_run) for name in checks}
 
 
 def main(checks: dict[str, Callable[[Path], Any]]) -> None:
@@ -50,6 +51,7 @@ def main(checks: dict[str, Callable[[Path], Any]]) -> None:
             figures = checks[name](folder / name)
         except Exception:
             error = f"rank {dist.get_rank()}:\n{traceback.format_exc()}"
+            print(f"{name} failed on {error}", file=sys.stderr, flush=True)  # the gather may meet another collective
         gathered: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(gathered, error)
         verdicts[name] = {"error": "\n".join(filter(None, gathered)), "figures": figures}

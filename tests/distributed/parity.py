@@ -6,20 +6,22 @@ here 1e-9 and less, into a step of full size unless eps stands well above it.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Run, adapter_state, build, finish
+from harness import ROOT, Run, adapter_state, build, finish
 from launch import main
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.moe import MoEArgs
+from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 from lora_converter.apply import adapter_parameters
 from lora_converter.linear import copy_full_, stable_hash
+from lora_converter.titan import optimizer
 
 STEPS, ROWS, TOKENS = 10, 8, 64
 
@@ -30,27 +32,94 @@ FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
 EP2 = ["--parallelism.expert_parallel_degree=2"]
 INTERLEAVED = ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B"]
 REPLICATE2 = ["--parallelism.data_parallel_replicate_degree=2"]
-MOE = ["--model.name=deepseek_v3", "--model.flavor=tiny"]
+COMPILE = ["--compile.enable", "--compile.components=model"]
+FULL_AC = ["--activation_checkpoint.mode=full"]
+OP_SAC = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
+LAYER_SAC = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"]
+VALIDATION = ["--validation.enable", "--validation.freq=3", "--validation.steps=2", "--validation.seq_len=64",
+              "--validation.dataset=c4_test", f"--validation.dataset_path={ROOT}/tests/assets/c4_test"]  # fmt: skip
 
-LAYOUTS: dict[str, tuple[int, list[str]]] = {
-    "1 rank": (1, []),
-    "FSDP2": (2, FSDP2),
-    "DDP2": (2, [*REPLICATE2, "--parallelism.data_parallel_shard_degree=1"]),
-    "TP2": (2, TP2),
-    "PP2 1F1B": (2, PP2),
-    "PP2 interleaved": (2, [*PP2, *INTERLEAVED]),
-    "CP2": (2, CP2),
-    "HSDP 2x2": (4, [*REPLICATE2, *FSDP2]),
-    "TP2 x FSDP2": (4, [*TP2, *FSDP2]),
-    "CP2 x TP2": (4, [*CP2, *TP2]),
-    "PP2 x TP2 x FSDP2": (8, [*PP2, *TP2, *FSDP2]),
-    "PP2 x CP2 x FSDP2": (8, [*PP2, *CP2, *FSDP2]),
-    "MoE, 1 rank": (1, MOE),
-    "MoE, FSDP2": (2, [*MOE, *FSDP2]),
-    "MoE, EP2": (2, [*MOE, *FSDP2, *EP2]),
-    "MoE, EP2 x TP2": (4, [*MOE, *FSDP2, *TP2, *EP2, "--parallelism.expert_tensor_parallel_degree=2"]),
+
+@dataclass(frozen=True)
+class Row:
+    """A layout, compared with one rank that runs the same job on the same model."""
+
+    ranks: int
+    layout: tuple[str, ...] = ()
+    model: str = "llama3"
+    job: tuple[str, ...] = ()
+    """Options that one rank has too, since they change the numbers."""
+
+    microbatches: int = 1
+    """Gradient accumulation; one rank takes the whole batch at once."""
+
+    @property
+    def degree(self) -> int:
+        """Of data parallelism."""
+        degree = 1
+        for option in self.layout:
+            name, _, value = option.partition("=")
+            if name in ("--parallelism.data_parallel_shard_degree", "--parallelism.data_parallel_replicate_degree"):
+                degree *= int(value)
+        return degree
+
+    @property
+    def one_rank(self) -> "Row":
+        return Row(1, model=self.model, job=self.job)
+
+    @property
+    def key(self) -> str:
+        """A file name for the run of one rank."""
+        return "".join(c if c.isalnum() else "-" for c in "_".join([self.model, *self.job]))
+
+
+def row(ranks: int, *layout: list[str], **fields: Any) -> Row:
+    return Row(ranks, tuple(itertools.chain(*layout)), **fields)
+
+
+TABLE = {
+    "FSDP2": row(2, FSDP2),
+    "DDP2": row(2, REPLICATE2, ["--parallelism.data_parallel_shard_degree=1"]),
+    "TP2": row(2, TP2),
+    "PP2 1F1B": row(2, PP2),
+    "PP2 interleaved": row(2, PP2, INTERLEAVED),
+    "CP2": row(2, CP2),
+    "HSDP 2x2": row(4, REPLICATE2, FSDP2),
+    "TP2 x FSDP2": row(4, TP2, FSDP2),
+    "CP2 x TP2": row(4, CP2, TP2),
+    "PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2),
+    "PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2),
+    "MoE, FSDP2": row(2, FSDP2, model="deepseek_v3"),
+    "MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3"),
+    "MoE, EP2 x TP2": row(4, FSDP2, EP2, TP2, ["--parallelism.expert_tensor_parallel_degree=2"], model="deepseek_v3"),
+}
+"""The rows of the README's table."""
+
+HEAD_TOO = ("--lora.target_modules=all-linear,output",)
+VARIANTS = {
+    "rank 3 and the output head, TP2": row(2, TP2, job=("--lora.rank=3", *HEAD_TOO)),
+    "qwen3 and the output head, TP2": row(2, TP2, model="qwen3", job=HEAD_TOO),
+    "rsLoRA, FSDP2": row(2, FSDP2, job=("--lora.use_rslora",)),
+    "adapters in the last layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.3.*",)),
+    "adapters in the first layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.0.*",)),
+    "accumulation, TP2": row(2, TP2, microbatches=2),
+    "accumulation, FSDP2": row(2, FSDP2, microbatches=2),
+    "full AC, TP2": row(2, TP2, FULL_AC),
+    "selective AC by op, TP2": row(2, TP2, OP_SAC),
+    "selective AC by layer, FSDP2": row(2, FSDP2, LAYER_SAC),
+    "validation, FSDP2": row(2, FSDP2, VALIDATION),
+    "accumulation, TP2 x FSDP2": row(4, TP2, FSDP2, microbatches=2),
+}
+"""The same claim for what layouts meet in practice."""
+
+COMPILED = {
+    "compile, FSDP2": row(2, FSDP2, COMPILE),
+    "compile and full AC, TP2": row(2, TP2, COMPILE, FULL_AC),
 }
 
+ALL_ROWS = {**TABLE, **VARIANTS, **COMPILED}
+
+# Unequal dims everywhere, as the tiny Llama's.
 deepseekv3_args["tiny"] = DeepSeekV3ModelArgs(
     vocab_size=320,
     dim=64,
@@ -66,53 +135,33 @@ deepseekv3_args["tiny"] = DeepSeekV3ModelArgs(
     qk_rope_head_dim=8,
     v_head_dim=16,
 )
+qwen3_args["tiny"] = Qwen3ModelArgs(
+    vocab_size=320, head_dim=24, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, qk_norm=True, hidden_dim=160
+)
 
 
-def options_of(layout: str, bases: Path) -> list[str]:
-    """The layout's arguments, the shared ones, and the base under `bases`."""
-    _, options = LAYOUTS[layout]
-    if layout.startswith("MoE"):
-        base = [f"--checkpoint.initial_load_path={bases}/moe/checkpoint/step-0"]
-    else:
-        base = [f"--checkpoint.initial_load_path={bases}/llama", "--checkpoint.initial_load_in_hf"]
-    return [
-        *base,
+def base_options(model: str, bases: Path) -> list[str]:
+    """The Llama's base is a Hugging Face folder, the others' torchtitan's own seed checkpoints."""
+    if model == "llama3":
+        return [f"--checkpoint.initial_load_path={bases}/llama3", "--checkpoint.initial_load_in_hf"]
+    return [f"--model.name={model}", f"--checkpoint.initial_load_path={bases}/{model}/checkpoint/step-0"]
+
+
+def build_row(row: Row, folder: Path, bases: Path, *more: str) -> Run:
+    """A trainer of this row, fed with the global batches. B is random once the base is loaded."""
+    run = build(
+        folder,
+        *base_options(row.model, bases),
         f"--training.steps={STEPS}",
         f"--training.global_batch_size={ROWS}",
+        f"--training.local_batch_size={ROWS // row.degree // row.microbatches}",
         "--optimizer.eps=1e-5",
         "--training.max_norm=0.5",
-        *options,
-    ]
-
-
-def feed_global_batches(run: Run) -> None:
-    """Every layout reads the same rows at each step: data-parallel ranks take their part of one global batch."""
-    mesh = run.trainer.parallel_dims.get_optional_mesh("batch")
-    rank, degree = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
-    rows = ROWS // degree
-
-    def batches() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        for step in itertools.count():
-            generator = torch.Generator().manual_seed(step)
-            # Short cycles, so that there is something to learn in ten steps.
-            start = torch.randint(0, 64, (ROWS, 1), generator=generator)
-            tokens = (start + 7 * torch.arange(TOKENS + 1)) % 64
-            part = tokens[rank * rows : (rank + 1) * rows]
-            yield {"input": part[:, :-1]}, part[:, 1:]
-
-    generate = run.trainer.batch_generator
-    run.trainer.batch_generator = lambda _: generate(batches())
-
-
-def build_row(layout: str, folder: Path, bases: Path, *more: str) -> Run:
-    """A trainer of this layout, fed with the global batches. B is random once the base is loaded."""
-    options = options_of(layout, bases)
-    degree = 1
-    for option in options:
-        name, _, value = option.partition("=")
-        if name in ("--parallelism.data_parallel_shard_degree", "--parallelism.data_parallel_replicate_degree"):
-            degree *= int(value)
-    run = build(folder, *options, f"--training.local_batch_size={ROWS // degree}", *more)
+        "--checkpoint.interval=5",
+        *row.job,
+        *row.layout,
+        *more,
+    )
     feed_global_batches(run)
     load = run.trainer.checkpointer.load
 
@@ -124,6 +173,28 @@ def build_row(layout: str, folder: Path, bases: Path, *more: str) -> Run:
 
     run.trainer.checkpointer.load = load_and_fill
     return run
+
+
+def feed_global_batches(run: Run) -> None:
+    """Every layout reads the same rows at each step: data-parallel ranks and micro-batches split one global batch."""
+    mesh = run.trainer.parallel_dims.get_optional_mesh("batch")
+    rank, degree = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+    microbatches = run.trainer.gradient_accumulation_steps
+    rows = ROWS // degree // microbatches
+
+    def batches() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for step in itertools.count(run.trainer.step):
+            generator = torch.Generator().manual_seed(step)
+            # Short cycles, so that there is something to learn in ten steps.
+            start = torch.randint(0, 64, (ROWS, 1), generator=generator)
+            tokens = (start + 7 * torch.arange(TOKENS + 1)) % 64
+            for micro in range(microbatches):
+                first = (rank * microbatches + micro) * rows
+                part = tokens[first : first + rows]
+                yield {"input": part[:, :-1]}, part[:, 1:]
+
+    generate = run.trainer.batch_generator
+    run.trainer.batch_generator = lambda _: generate(batches())
 
 
 def fill_b(run: Run) -> None:
@@ -148,47 +219,50 @@ def losses_of(run: Run) -> list[float]:
     return losses.tolist()
 
 
-def train_row(layout: str, folder: Path, bases: Path) -> dict[str, Any]:
-    """Ten steps. Returns losses, gradient norms, and the adapters before and after."""
-    run = build_row(layout, folder, bases)
+def train_row(row: Row, folder: Path, bases: Path, *more: str) -> dict[str, Any]:
+    """Ten steps. Returns losses, gradient norms, the adapters before and after, and the sums of partial gradients."""
+    sums: list[int] = []
+    complete = optimizer.sum_partial_gradients
+    run = build_row(row, folder, bases, *more)
     initial = whole_adapter(run)
-    finish(run)
+    optimizer.sum_partial_gradients = lambda params: sums.append(complete(params))
+    try:
+        finish(run)
+    finally:
+        optimizer.sum_partial_gradients = complete
     return {
         "losses": losses_of(run),
         "grad_norms": run.grad_norms,
         "initial": initial,
         "final": whole_adapter(run),
+        "sums": sums,
     }
 
 
-def compare_row(layout: str, folder: Path) -> dict[str, float]:
-    """The figures of one row of the table: largest relative differences to one rank."""
-    bases = folder.parent.parent
-    reference = torch.load(bases / ("moe.pt" if layout.startswith("MoE") else "llama.pt"), weights_only=True)
-    row = train_row(layout, folder, bases)
-    assert row["initial"].keys() == reference["initial"].keys()
-    unequal = [name for name in row["initial"] if not torch.equal(row["initial"][name], reference["initial"][name])]
+def compare_row(name: str, folder: Path) -> dict[str, float]:
+    """The figures of one row: largest relative differences to one rank."""
+    row, bases = ALL_ROWS[name], folder.parent.parent
+    reference = torch.load(bases / f"{row.key}.pt", weights_only=True)
+    result = train_row(row, folder, bases)
+    assert result["initial"].keys() == reference["initial"].keys()
+    unequal = [n for n in result["initial"] if not torch.equal(result["initial"][n], reference["initial"][n])]
     assert not unequal, f"initial adapters differ: {unequal}"
+    # One all-reduce per step completes the gradients under TP, however many micro-batches, stages and shards there are.
+    trains_here = bool(result["final"]) and not name.startswith("adapters in")
+    assert result["sums"] == [int("TP2" in name and trains_here)] * STEPS, result["sums"]
     return {
-        "loss": relative(row["losses"], reference["losses"]),
-        "grad_norm": relative(row["grad_norms"], reference["grad_norms"]),
+        "loss": relative(result["losses"], reference["losses"]),
+        "grad_norm": relative(result["grad_norms"], reference["grad_norms"]),
         "adapter": max(
-            ((row["final"][name] - value).norm() / value.norm()).item() for name, value in reference["final"].items()
+            ((result["final"][n] - value).norm() / value.norm()).item() for n, value in reference["final"].items()
         ),
     }
 
 
 def relative(values: list[float], expected: list[float]) -> float:
-    assert len(values) == len(expected) == STEPS
+    assert len(values) == len(expected)
     return max(abs(value - reference) / abs(reference) for value, reference in zip(values, expected, strict=True))
 
 
-CHECKS = {
-    layout: (lambda folder, layout=layout: compare_row(layout, folder))
-    for layout, (ranks, _) in LAYOUTS.items()
-    if ranks > 1
-}
-
 if __name__ == "__main__":
-    main(CHECKS)
-    sys.exit()
+    main({name: (lambda folder, name=name: compare_row(name, folder)) for name in ALL_ROWS})
