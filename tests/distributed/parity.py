@@ -113,8 +113,8 @@ VARIANTS = {
 """The same claim for what layouts meet in practice."""
 
 COMPILED = {
-    "compile, FSDP2": row(2, FSDP2, COMPILE),
-    "compile and full AC, TP2": row(2, TP2, COMPILE, FULL_AC),
+    "compile and full AC, FSDP2": row(2, FSDP2, COMPILE, FULL_AC),
+    "compile, TP2": row(2, TP2, COMPILE),
 }
 
 ALL_ROWS = {**TABLE, **VARIANTS, **COMPILED}

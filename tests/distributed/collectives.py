@@ -1,0 +1,163 @@
+"""Two gloo ranks: which collectives run, over how many elements, with adapters and without."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build
+from launch import main
+from parity import FSDP2, TP2, base_options
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_converter import LoRAConfig, adapter_parameters, apply_lora
+from lora_converter.gradients import mark_partial_gradients, sum_partial_gradients
+
+
+class Collectives(TorchDispatchMode):
+    """Counts (collective, elements of its input), of functional and of process-group collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[str, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func._schema.name.split("::")
+        if namespace == "_c10d_functional" and name != "wait_tensor":
+            self.counts[name, args[0].numel()] += 1
+        elif namespace == "c10d":
+            self.counts[name, sum(t.numel() for t in torch.utils._pytree.tree_leaves(args[1]) if is_tensor(t))] += 1
+        return func(*args, **(kwargs or {}))
+
+    def elements(self, name: str) -> int:
+        return sum(size * count for (called, size), count in self.counts.items() if called == name)
+
+
+def is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+@contextmanager
+def trainer(folder: Path, *options: str, config: Path = CONFIG) -> Iterator[Run]:
+    run = build(folder, *options, config=config)
+    run.trainer.checkpointer.load()
+    yield run
+    run.trainer.close()
+
+
+def forward_and_backward(run: Run) -> Collectives:
+    """One step's, from the first block to the loss; the embedding, which full training trains too, is cut off."""
+    model = run.trainer.model_parts[0]
+    tokens = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
+    model.tok_embeddings.weight.requires_grad_(False)
+    model.tok_embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    with run.trainer.train_context(), Collectives() as seen:
+        run.trainer.loss_fn(model(tokens), tokens).backward()
+    return seen
+
+
+def same_collectives(folder: Path, model: str) -> Any:
+    """With adapters on every linear a tensor-parallel model runs the collectives it runs without, byte for byte."""
+    options = [*base_options(model, folder.parent.parent), *TP2]
+    with trainer(folder / "lora", *options, "--lora.target_modules=all-linear,output") as run:
+        with_adapters = forward_and_backward(run)
+    with trainer(folder / "base", *options, config=BASE_CONFIG) as run:
+        without = forward_and_backward(run)
+    assert without.counts and with_adapters.counts == without.counts, (with_adapters.counts, without.counts)
+    return {f"{name} {size}": count for (name, size), count in with_adapters.counts.items()}
+
+
+def only_adapter_gradients_are_reduced(folder: Path) -> Any:
+    """FSDP2 reduces as many elements as the adapters have, and gathers as often as without adapters."""
+    options = [*base_options("llama3", folder.parent.parent), *FSDP2]
+    with trainer(folder / "lora", *options) as run:
+        seen = forward_and_backward(run)
+        adapters = sum(value.numel() for value in adapter_state(run).values())
+        frozen = [p for p in run.trainer.model_parts[0].parameters() if not p.requires_grad]
+        assert frozen and all(p.grad is None for p in frozen)
+    with trainer(folder / "base", *options, config=BASE_CONFIG) as run:
+        without = forward_and_backward(run)
+    gathers = [sum(n for (name, _), n in s.counts.items() if "allgather" in name) for s in (seen, without)]
+    assert gathers[0] == gathers[1] > 0, gathers
+    reduced = seen.elements("_reduce_scatter_base_")
+    assert reduced == adapters, (reduced, adapters, seen.counts)
+    return {"reduced": reduced, "without adapters": without.elements("_reduce_scatter_base_")}
+
+
+def frozen_weights_are_stored_in_the_compute_dtype(folder: Path) -> Any:
+    """bf16 under FSDP2: half the bytes, and the base's own output bit for bit."""
+    options = [*base_options("llama3", folder.parent.parent), *FSDP2, "--training.mixed_precision_param=bfloat16"]
+    tokens = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for name, config in (("lora", CONFIG), ("base", BASE_CONFIG)):
+        with trainer(folder / name, *options, config=config) as run, torch.no_grad():
+            model = run.trainer.model_parts[0]
+            dtypes = {
+                p.dtype: {q.requires_grad for q in model.parameters() if q.dtype == p.dtype} for p in model.parameters()
+            }
+            expected = {torch.float32: {True}, torch.bfloat16: {False}} if name == "lora" else {torch.float32: {True}}
+            assert dtypes == expected, dtypes
+            outputs.append(model(tokens))
+    assert torch.equal(*outputs)
+
+
+class Mlp(nn.Module):
+    """Column-wise, then row-wise, both with a bias; 7 hidden features do not split evenly over two ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 7)
+        self.down = nn.Linear(7, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+def a_plain_model_with_biases_and_uneven_shards(folder: Path) -> Any:
+    """Outputs, gradients of the input and of the adapters are those of one device, by torch's own parallel styles."""
+
+    def adapted() -> Mlp:
+        torch.manual_seed(0)
+        model = Mlp()
+        apply_lora(model, LoRAConfig(rank=3))
+        with torch.no_grad():
+            for param in adapter_parameters(model).values():
+                param.normal_()
+        return model
+
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    one, two = adapted(), adapted()
+    plan = {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
+    parallelize_module(two, init_device_mesh("cpu", (2,)), plan)
+    mark_partial_gradients(two)
+    results = []
+    for model in (one, two):
+        inputs = x.clone().requires_grad_()
+        out = model(inputs)
+        out.square().sum().backward()
+        sums = sum_partial_gradients(model.parameters())
+        grads = [param.grad for param in adapter_parameters(model).values()]
+        results.append([out, inputs.grad, *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)])
+    assert sums == 1
+    # fp32, sums of at most 7 terms in another order.
+    for value, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert {n for n, p in two.named_parameters() if p.requires_grad} == set(adapter_parameters(two))
+
+
+CHECKS = {
+    "llama3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "llama3"),
+    "qwen3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "qwen3"),
+    "FSDP2 reduces the adapters' gradients alone": only_adapter_gradients_are_reduced,
+    "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,
+    "biases and uneven shards under TP": a_plain_model_with_biases_and_uneven_shards,
+}
+
+if __name__ == "__main__":
+    main(CHECKS)
