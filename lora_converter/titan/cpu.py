@@ -34,6 +34,7 @@ def prepare() -> bool:
     _choose_cpu_device()
     _set_unknown_peak_flops()
     _reduce_with_plain_sums()
+    _offload_without_pinning()
     _shard_attention_over_heads()
     _register_ring_attention()
     _count_integers_with_histc()
@@ -132,6 +133,13 @@ def _reduce_with_plain_sums() -> None:
         self.set_force_sum_reduction_for_comms(True)
 
     FSDPModule.set_gradient_divide_factor = set_factor_and_plain_sum  # type: ignore[method-assign]
+
+
+def _offload_without_pinning() -> None:
+    """`training.enable_cpu_offload` pins what it offloads for the copy to an accelerator, which takes one."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory
 
 
 def _shard_attention_over_heads() -> None:

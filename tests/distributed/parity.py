@@ -108,6 +108,7 @@ VARIANTS = {
     "selective AC by op, TP2": row(2, TP2, OP_SAC),
     "selective AC by layer, FSDP2": row(2, FSDP2, LAYER_SAC),
     "validation, FSDP2": row(2, FSDP2, VALIDATION),
+    "CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"]),
     "accumulation, TP2 x FSDP2": row(4, TP2, FSDP2, microbatches=2),
 }
 """The same claim for what layouts meet in practice."""

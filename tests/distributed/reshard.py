@@ -1,0 +1,55 @@
+"""Checkpoints move between layouts: a run stopped at step 5 under one is continued under another.
+
+The losses of steps 6 to 10 must be those of one rank that was never stopped; AdamW's moments are in them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import finish
+from launch import main
+from parity import FSDP2, PP2, STEPS, TP2, Row, build_row, losses_of, relative, row
+
+HALF = STEPS // 2
+
+SAVED_ON = {"1 rank": row(1), "FSDP2": row(2, FSDP2), "TP2": row(2, TP2), "PP2": row(2, PP2)}
+RESUMED_ON = {**SAVED_ON, "TP2 x PP2": row(4, TP2, PP2)}
+
+
+def save(layout: str, bases: Path) -> None:
+    """Trains to step 5 of 10 and stops."""
+    options = [f"--training.steps={HALF}", f"--lr_scheduler.total_steps={STEPS}"]
+    finish(build_row(SAVED_ON[layout], bases / "saved" / layout, bases, *options))
+
+
+def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
+    """Steps 6 to 10. The data loader's state belongs to a data-parallel degree; the batches are fed here anyway."""
+    options = ["--checkpoint.load_only", "--checkpoint.exclude_from_loading=dataloader"]
+    run = build_row(RESUMED_ON[layout], bases / "saved" / saved_on, bases, *options)
+    finish(run)
+    reference = torch.load(bases / f"{Row(1).key}.pt", weights_only=True)["losses"]
+    difference = relative(losses_of(run), reference[HALF:])
+    assert difference < 1e-5, difference
+    return {"loss": difference}
+
+
+def checks(bases: Path, ranks: int) -> dict[str, Any]:
+    """All saves of layouts with so many ranks, then all resumes."""
+    found: dict[str, Any] = {
+        f"save on {layout}": lambda _, layout=layout: save(layout, bases)
+        for layout, needs in SAVED_ON.items()
+        if needs.ranks == ranks
+    }
+    for layout, needs in RESUMED_ON.items():
+        for saved in SAVED_ON:
+            if needs.ranks == ranks:
+                found[f"resume on {layout} from {saved}"] = lambda _, to=layout, of=saved: resume(to, of, bases)
+    return found
+
+
+if __name__ == "__main__":
+    import os
+    import sys
+
+    main(checks(Path(sys.argv[1]).parent, int(os.environ["WORLD_SIZE"])))
