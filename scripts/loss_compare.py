@@ -6,6 +6,7 @@ order whatever their data-parallel degree, and use the global batch of the TOML 
     scripts/loss_compare.py --config configs/debug_lora.toml --steps 20 \\
         --run "one=" --run "tp2=--parallelism.tensor_parallel_degree=2" --ranks tp2=2 --rtol 1e-5
 
+    # another base than the file's, a random one here: --options="--checkpoint.initial_load_path="
     # ranks 8 and 64 and full fine-tuning: curves, no bound
     scripts/loss_compare.py --config configs/debug_lora.toml --run "r8=--lora.rank=8" --run "r64=--lora.rank=64" \\
         --run "full=" --config-of full=configs/debug_base.toml
@@ -18,6 +19,7 @@ import argparse
 import csv
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -55,7 +57,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cpu.prepare()
     runs = make_runs(args)
-    start = [] if args.no_seed_checkpoint or has_base(runs[0]) else make_seed_checkpoint(runs[0], folder)
+    common = shlex.split(args.options)
+    start = [] if args.no_seed_checkpoint or has_base(runs[0]) else make_seed_checkpoint(args.config, common, folder)
     steps = [f"--training.steps={args.steps}"] if args.steps else []
     for run in runs:
         options = [*run.options, *steps, *start, "--checkpoint.load_only", *batch_options(run, runs[0])]
@@ -79,6 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="TOML file of all runs")
     parser.add_argument("--run", action="append", required=True, metavar="NAME=OPTIONS", help="an option set; repeat")
+    parser.add_argument("--options", default="", help='options of all runs, before their own; write --options="..."')
     parser.add_argument("--ranks", action="append", default=[], metavar="NAME=N", help="ranks of a run (default 1)")
     parser.add_argument("--config-of", action="append", default=[], metavar="NAME=FILE", help="another TOML for a run")
     parser.add_argument("--steps", type=int, help="training steps (default: the TOML file's)")
@@ -97,7 +101,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_runs(args: argparse.Namespace) -> list[Run]:
     ranks, configs = pairs(args.ranks), pairs(args.config_of)
-    runs = [Run(name, shlex.split(options), args.config) for name, options in pairs(args.run).items()]
+    common = shlex.split(args.options)
+    runs = [Run(name, common + shlex.split(options), args.config) for name, options in pairs(args.run).items()]
     names = [run.name for run in runs]
     if unknown := [name for name in [*ranks, *configs] if name not in names]:
         sys.exit(f"--ranks and --config-of name {', '.join(unknown)}; the runs are {', '.join(names)}.")
@@ -142,10 +147,11 @@ def batch_options(run: Run, baseline: Run) -> list[str]:
     return [f"--training.global_batch_size={rows}", f"--training.local_batch_size={min(rows // degree, rows)}"]
 
 
-def make_seed_checkpoint(run: Run, folder: Path) -> list[str]:
+def make_seed_checkpoint(config: str, options: list[str], folder: Path) -> list[str]:
     """Initialises the base once, on one rank. Returns the options that start a run from it."""
-    options = ["--checkpoint.create_seed_checkpoint", "--checkpoint.folder=checkpoint"]
-    launch(run.config, options, ranks=1, folder=folder, name="seed")
+    shutil.rmtree(folder / "seed", ignore_errors=True)
+    seed = ["--checkpoint.create_seed_checkpoint", "--checkpoint.folder=checkpoint"]
+    launch(config, [*options, *seed], ranks=1, folder=folder, name="seed")
     return [f"--checkpoint.initial_load_path={folder}/seed/checkpoint/step-0"]
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpoint import MODEL, OPTIMIZER, CheckpointManager, ModelWrapper
+from torchtitan.components.checkpoint import MODEL, OPTIMIZER, TRAIN_STATE, CheckpointManager, ModelWrapper
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
@@ -33,6 +33,7 @@ from lora_converter.apply import adapter_parameters
 from lora_converter.linear import stable_hash
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
+from lora_converter.titan.optimizer import divide_pipeline_gradients
 
 BASE_OPTION = "checkpoint.initial_load_path"
 
@@ -92,6 +93,7 @@ class LoRACheckpointManager(CheckpointManager):
 
     def __init__(self, dataloader, model_parts: list[nn.Module], *args: Any, **kwargs: Any):
         super().__init__(dataloader, model_parts, *args, **kwargs)
+        divide_pipeline_gradients(self.states[TRAIN_STATE])  # nothing else is handed the trainer
         if not self.enable:
             return
         adapter_names = {name for part in model_parts for name in adapter_parameters(part)}

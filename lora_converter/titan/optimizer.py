@@ -6,8 +6,11 @@
    `OptimizersContainer` and `clip_grad_norm_` accept a stage that is frozen.
 3. torchtitan 0.2.2 divides the loss by the tokens of all data-parallel ranks, so gradients are to be summed over them,
    as it tells FSDP2; its DDP averages them. Remove when it sums there too.
+4. Under pipeline parallelism that division reaches the logged loss and not the gradients, so that clipping acts on
+   gradients as many times too large as the batch has tokens. Remove when the schedule gets the divided loss.
 
-1 and 2 wrap torchtitan's own functions, once and without effect on other models; 3 acts on the converted model alone.
+1 and 2 wrap torchtitan's own functions, once and without effect on other models; 3 and 4 act on the converted model's
+own run alone.
 """
 
 import functools
@@ -44,6 +47,25 @@ def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])
+
+
+def divide_pipeline_gradients(trainer: Any) -> None:
+    """Makes the gradients of a pipeline those of the loss per token, as without one. The loss keeps its value."""
+    if not trainer.parallel_dims.pp_enabled:
+        return
+    schedule, run_step = trainer.pp_schedule, trainer.forward_backward_step
+    sum_over_tokens = schedule._loss_fn
+
+    @functools.wraps(run_step)
+    def run_step_per_token(*, global_valid_tokens: Any, **kwargs: Any) -> torch.Tensor:
+        def loss_fn(pred: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            loss = sum_over_tokens(pred, labels)
+            return loss.detach() + (loss - loss.detach()) / global_valid_tokens  # the bracket is zero, its gradient not
+
+        schedule._loss_fn = loss_fn
+        return run_step(global_valid_tokens=global_valid_tokens, **kwargs)
+
+    trainer.forward_backward_step = run_step_per_token
 
 
 def _clip_complete_gradients(clip: Any) -> Any:
