@@ -179,8 +179,9 @@ def report(run: Run, name: str, expected: Losses, tolerance: tuple[float, float]
         print(f"{run.name} against {name}: FAIL, steps {sorted(run.losses)} and {sorted(expected)}")
         return False
     off = {step: abs(run.losses[step] - loss) for step, loss in expected.items()}
-    relative = {step: off[step] / max(abs(loss), 1e-12) for step, loss in expected.items()}
-    agree = all(not off[step] > atol + (rtol * abs(loss) if rtol else 0) for step, loss in expected.items())
+    size = {step: max(abs(loss), 1e-12) for step, loss in expected.items()}
+    relative = {step: off[step] / size[step] for step in expected}
+    agree = all(off[step] <= atol + rtol * size[step] for step in expected)  # a nan is never within
     worst = max(relative, key=lambda step: relative[step])
     verdict = "ok" if agree else "FAIL"
     print(
