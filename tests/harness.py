@@ -13,6 +13,7 @@ cpu.prepare()  # before torchtitan
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.experimental._attention import _disable_context_parallel_dispatcher
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 from torchtitan.train import Trainer
@@ -67,6 +68,8 @@ def start_process_group() -> None:
 def build(folder: Path | str, *args: str, config: Path = CONFIG) -> Run:
     """A trainer that records; `train()` it, or look at it as it is before the first step."""
     start_process_group()
+    # torchtitan switches attention to its context-parallel form for good; the next run here may have another layout.
+    _disable_context_parallel_dispatcher()
     run = Run(Trainer(parse(folder, *args, config=config)))
     log = run.trainer.metrics_processor.log
     generate = run.trainer.batch_generator

@@ -7,15 +7,17 @@ here 1e-9 and less, into a step of full size unless eps stands well above it.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import ROOT, Run, adapter_state, build, finish
+from harness import ROOT, TINY, Run, adapter_state, build, finish
 from launch import main
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
+from torchtitan.models.llama4 import TransformerModelArgs as Llama4ModelArgs
+from torchtitan.models.llama4 import llama4_args
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
@@ -110,6 +112,8 @@ VARIANTS = {
     "validation, FSDP2": row(2, FSDP2, VALIDATION),
     "CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"]),
     "accumulation, TP2 x FSDP2": row(4, TP2, FSDP2, microbatches=2),
+    "qwen3 MoE, EP2": row(2, FSDP2, EP2, model="qwen3_moe"),
+    "llama4, EP2": row(2, FSDP2, EP2, model="llama4"),
 }
 """The same claim for what layouts meet in practice."""
 
@@ -141,11 +145,33 @@ qwen3_args["tiny"] = Qwen3ModelArgs(
 )
 
 
+qwen3_args["tiny_moe"] = replace(
+    qwen3_args["tiny"],
+    moe_enabled=True,
+    moe_inter_dim=48,
+    moe_args=MoEArgs(num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True),
+)
+llama4_args["tiny"] = Llama4ModelArgs(
+    **TINY,
+    every_n_layers_nope=None,
+    interleave_moe_layer_step=2,
+    attn_type="sdpa",
+    moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=1, score_func="sigmoid"),
+)
+
+MODELS = {
+    "deepseek_v3": ["--model.name=deepseek_v3"],
+    "qwen3": ["--model.name=qwen3"],
+    "qwen3_moe": ["--model.name=qwen3", "--model.flavor=tiny_moe"],
+    "llama4": ["--model.name=llama4"],
+}
+
+
 def base_options(model: str, bases: Path) -> list[str]:
     """The Llama's base is a Hugging Face folder, the others' torchtitan's own seed checkpoints."""
     if model == "llama3":
         return [f"--checkpoint.initial_load_path={bases}/llama3", "--checkpoint.initial_load_in_hf"]
-    return [f"--model.name={model}", f"--checkpoint.initial_load_path={bases}/{model}/checkpoint/step-0"]
+    return [*MODELS[model], f"--checkpoint.initial_load_path={bases}/{model}/checkpoint/step-0"]
 
 
 def build_row(row: Row, folder: Path, bases: Path, *more: str) -> Run:

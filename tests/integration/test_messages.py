@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 from harness import BASE_CONFIG, build, parse
+from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.model_converter import build_model_converters
+
+from lora_converter.titan.converter import LoRAConverter
 
 
 def message_of(folder: Path, *args: str, config: Path | None = None) -> str:
@@ -113,6 +116,11 @@ def test_a_value_out_of_range_in_the_toml_file_is_refused(tmp_path: Path) -> Non
             "it at true; a LoRA run resumes from its own checkpoint folder.",
         ),
         (
+            ["--optimizer.early_step_in_backward"],
+            "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after the backward. "
+            "Leave it at false; they take little memory.",
+        ),
+        (
             ["--checkpoint.last_save_in_hf"],
             "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. Leave it at "
             "false; the last step folder holds the adapters in DCP format.",
@@ -127,3 +135,13 @@ def test_the_checks_happen_when_converters_are_built_before_the_model_is_touched
     config = parse(tmp_path, "--model.converters=lora,lora")
     with pytest.raises(ValueError, match="stands twice"):
         build_model_converters(config, None)
+
+
+@pytest.mark.parametrize(("expert_tensor_parallel", "warned"), [(1, True), (2, False)])
+def test_the_layout_whose_router_gradients_torchtitan_gets_wrong_is_warned_of(
+    expert_tensor_parallel: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dims = ParallelDims(dp_replicate=1, dp_shard=2, cp=1, tp=2, pp=1, ep=2, etp=expert_tensor_parallel, world_size=4)
+    with caplog.at_level("WARNING"):
+        LoRAConverter(parse(tmp_path, "--checkpoint.initial_load_path="), dims)
+    assert ("computes the MoE router's gradient wrongly there" in caplog.text) is warned
