@@ -7,7 +7,8 @@ tensor-parallel ranks. Nothing between the backward and the optimizer needs the 
 one flat buffer, one all-reduce per mesh and dtype. Under FSDP2 the buffer holds this rank's shards only.
 
 Until then a gradient's placement says Replicate, because FSDP2 would otherwise sum each one by itself, and again at
-every micro-batch.
+every micro-batch. A linear that is whole on every rank (deepseek_v3's wq_a and wkv_a) leaves the placement of its
+factors' gradients to DTensor; those that come out Partial join the sum, unless FSDP2 has summed them before.
 """
 
 from collections import defaultdict
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from lora_converter.apply import adapted_linears
 
@@ -40,10 +41,15 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> int:
     """
     buffers: dict[tuple, list[torch.Tensor]] = defaultdict(list)
     for param in parameters:
-        mesh = getattr(param, _MARK, None)
-        if mesh is not None and param.grad is not None:
-            grad = param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad
-            buffers[mesh, grad.dtype, grad.device].append(grad)
+        grad, mesh = param.grad, getattr(param, _MARK, None)
+        if grad is None:
+            continue
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        if isinstance(grad, DTensor) and grad.placements == (Partial(),):
+            mesh = grad.device_mesh
+            param.grad = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+        if mesh is not None:
+            buffers[mesh, local.dtype, local.device].append(local)
     for (mesh, _, _), grads in buffers.items():
         flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat, group=mesh.get_group())

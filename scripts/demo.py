@@ -30,7 +30,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "outputs" / "demo"
-RANKS = 2
+RANKS = min(2, torch.accelerator.device_count()) if torch.accelerator.is_available() else 2
 VOCAB = 2048  # of torchtitan's llama3 debugmodel
 COMMON = (
     f"--model.hf_assets_path={OUT}/base",

@@ -3,13 +3,13 @@
 All runs start from one checkpoint (the base that the TOML file names, or a seed checkpoint made here), read one data
 order whatever their data-parallel degree, and use the global batch of the TOML file. The first run is the baseline.
 
-    scripts/loss_compare.py --config configs/debug_lora.toml --steps 20 \\
+    .venv/bin/python scripts/loss_compare.py --config configs/debug_lora.toml --steps 20 \\
         --run "one=" --run "tp2=--parallelism.tensor_parallel_degree=2" --ranks tp2=2 --rtol 1e-5
 
     # another base than the file's, a random one here: --options="--checkpoint.initial_load_path="
     # ranks 8 and 64 and full fine-tuning: curves, no bound
-    scripts/loss_compare.py --config configs/debug_lora.toml --run "r8=--lora.rank=8" --run "r64=--lora.rank=64" \\
-        --run "full=" --config-of full=configs/debug_base.toml
+    .venv/bin/python scripts/loss_compare.py --config configs/debug_lora.toml --run "r8=--lora.rank=8" \\
+        --run "r64=--lora.rank=64" --run "full=" --config-of full=configs/debug_base.toml
 
 Writes losses.csv, losses.png and one log per run into --output-folder. Exits 1 if a run differs from the baseline by
 more than --rtol/--atol (or at all, with --assert-equal), or from the losses given with --import-result.
@@ -144,7 +144,7 @@ def batch_options(run: Run, baseline: Run) -> list[str]:
         return [f"--training.global_batch_size={rows}"]
     if rows % degree:
         sys.exit(f"{run.name}: a global batch of {rows} does not split over {degree} data-parallel ranks.")
-    return [f"--training.global_batch_size={rows}", f"--training.local_batch_size={min(rows // degree, rows)}"]
+    return [f"--training.global_batch_size={rows}", f"--training.local_batch_size={rows // degree}"]
 
 
 def make_seed_checkpoint(config: str, options: list[str], folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Before any import of torch: children of the test process inherit these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo ranks, up to 8 of them, whatever the machine has
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="lora-converter-datasets-"))
 
 HERE = Path(__file__).parent

@@ -25,12 +25,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
-from torchtitan.components.checkpoint import MODEL, OPTIMIZER, TRAIN_STATE, CheckpointManager, ModelWrapper
+from torchtitan.components.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    TRAIN_STATE,
+    CheckpointManager,
+    ModelWrapper,
+)
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
 from lora_converter.apply import adapter_parameters
-from lora_converter.linear import stable_hash
+from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.optimizer import divide_pipeline_gradients
@@ -72,7 +78,8 @@ class OptimizerState(Stateful):
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
             for name, value in get_optimizer_state_dict(part, optimizer, options=self._options).items():
-                assert compact.setdefault(_once(name), value) is value or compact[_once(name)] == value, name
+                stored = compact.setdefault(_once(name), value)
+                assert stored is value or stored == value, name
         return compact
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -89,22 +96,18 @@ def _once(name: str) -> str:
 class LoRACheckpointManager(CheckpointManager):
     """torchtitan's checkpointer for a model with adapters; see the module docstring for what is stored where."""
 
-    _step_to_seed: int | None = None
-
     def __init__(self, dataloader, model_parts: list[nn.Module], *args: Any, **kwargs: Any):
         super().__init__(dataloader, model_parts, *args, **kwargs)
-        divide_pipeline_gradients(self.states[TRAIN_STATE])  # nothing else is handed the trainer
+        self.settings: LoRA = model_parts[0].lora_settings  # type: ignore[assignment]
+        trainer = self.states[TRAIN_STATE]  # nothing else of ours is handed the trainer
+        divide_pipeline_gradients(trainer)
+        self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
         if not self.enable:
             return
         adapter_names = {name for part in model_parts for name in adapter_parameters(part)}
         self.adapters = ModelSubset(model_parts, lambda name: name in adapter_names)
         self.base = ModelSubset(model_parts, lambda name: name not in adapter_names)
         self.base_source = self._find_base_source()
-        self.settings: LoRA = model_parts[0].lora_settings  # type: ignore[assignment]
-        if self.settings.dropout > 0:
-            self._process_seed = torch.initial_seed()  # torchtitan gives pipeline ranks different ones
-            for part in model_parts:
-                part.register_forward_pre_hook(self._seed_step)
         self.states[OPTIMIZER] = OptimizerState(self.states[OPTIMIZER])
         if self.base_source:
             self.states[MODEL] = self.adapters
@@ -143,32 +146,28 @@ class LoRACheckpointManager(CheckpointManager):
             loads.append(self._check_initial_adapter(self.settings.initial_adapter_path))
         for load in loads:
             load()
-        self._step_to_seed = max(step, 0)
+        if self._dropout:
+            self._dropout.continue_after(max(step, 0))
         return bool(loads)
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """torchtitan's `save`, which the trainer calls after every step."""
         super().save(curr_step, last_step)
-        self._step_to_seed = curr_step
-
-    def _seed_step(self, model: nn.Module, args: Any) -> None:
-        """Before a step's first forward: dropout masks depend on seed and step alone, so a resumed run has the same."""
-        if model.training and self._step_to_seed is not None:
-            torch.manual_seed(stable_hash(f"{self._process_seed}:{self._step_to_seed}"))
-            self._step_to_seed = None
+        if self._dropout:
+            self._dropout.continue_after(curr_step)
 
     def _find_base_source(self) -> str | None:
+        if self.initial_load_in_hf and self.sd_adapter is None:
+            raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         if self.initial_load_path:
             return self.initial_load_path
-        return self.sd_adapter.hf_assets_path if self.initial_load_in_hf and self.sd_adapter else None
+        return self.sd_adapter.hf_assets_path if self.initial_load_in_hf else None
 
     def _check_base(self, path: str) -> Callable[[], None]:
         """Checks the base folder against the model; what it returns loads it."""
         state_dict = self.base.state_dict()
         what = f"The base in {path}"
         if self.initial_load_in_hf:
-            if self.sd_adapter is None:
-                raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
             base = HuggingFaceBase(self.sd_adapter, path, state_dict, quantized=self.initial_load_in_hf_quantized)
             _check_fits(base.wanted(), base.metadata(), what)
             read = base.load
@@ -223,47 +222,14 @@ class LoRACheckpointManager(CheckpointManager):
                 "lora.initial_adapter_path in a new job.dump_folder, or resume an earlier step with "
                 "checkpoint.load_step."
             )
-        _check_fits(self.states[MODEL].state_dict(), stored, path)
+        if MODEL not in self.exclude_from_loading:
+            _check_fits(self.states[MODEL].state_dict(), stored, path)
 
         def load() -> None:
             logger.info(f"LoRA: resuming from {path}.")
             self.dcp_load(self._states_to_load(model_only), checkpoint_id=path, from_hf=False, from_quantized=False)
 
         return load
-
-
-def check_config(job_config) -> None:
-    """Refuses checkpoint settings that cannot work with adapters, before any weight exists.
-
-    Raises:
-        ValueError: What was set, and what to do.
-    """
-    config = job_config.checkpoint
-    path = config.initial_load_path or (job_config.model.hf_assets_path if config.initial_load_in_hf else None)
-    adapter = job_config.lora.initial_adapter_path
-    if not config.enable and (path or adapter):
-        option = "checkpoint.initial_load_path" if path else "lora.initial_adapter_path"
-        raise ValueError(f"{option} is set, but nothing is loaded with checkpoint.enable = false. Set it to true.")
-    if path and not os.path.isdir(path):
-        option = "checkpoint.initial_load_path" if config.initial_load_path else "model.hf_assets_path"
-        raise ValueError(f"{option} = {path!r}: there is no such folder. Name the folder of the pretrained base.")
-    if adapter and not os.path.isdir(adapter):
-        raise ValueError(f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder.")
-    if path and not config.initial_load_model_only:
-        raise ValueError(
-            "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
-            "Leave it at true; a LoRA run resumes from its own checkpoint folder."
-        )
-    if job_config.optimizer.early_step_in_backward:
-        raise ValueError(
-            "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
-            "the backward. Leave it at false; they take little memory."
-        )
-    if config.last_save_in_hf:
-        raise ValueError(
-            "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. "
-            "Leave it at false; the last step folder holds the adapters in DCP format."
-        )
 
 
 def use_for_lora_models() -> None:
@@ -279,7 +245,12 @@ def use_for_lora_models() -> None:
 def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, **kwargs: Any) -> CheckpointManager:
     # Asked of the model and not of its linears: a pipeline stage may have no adapter.
     converted = any(hasattr(part, "lora_settings") for part in model_parts)
-    return object.__new__(LoRACheckpointManager if cls is CheckpointManager and converted else cls)
+    if converted and cls is not CheckpointManager and not issubclass(cls, LoRACheckpointManager):
+        raise ValueError(
+            f"{cls.__name__} cannot checkpoint a model with adapters. Derive it from "
+            "lora_converter.titan.checkpoint.LoRACheckpointManager, or use torchtitan's own."
+        )
+    return object.__new__(LoRACheckpointManager if converted and cls is CheckpointManager else cls)
 
 
 def _dcp_reader(path: str, option: str) -> FileSystemReader:

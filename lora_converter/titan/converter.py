@@ -18,7 +18,7 @@ from lora_converter.config import LoRAConfig
 from lora_converter.gradients import mark_partial_gradients
 from lora_converter.linear import subclass_with
 from lora_converter.titan import checkpoint, optimizer
-from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA
+from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_settings
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
 NAME = "lora"
@@ -39,7 +39,7 @@ class LoRAModel(nn.Module):
         super().init_weights(buffer_device=buffer_device)  # type: ignore[misc]
         reset_adapters(self, seed=self.lora_seed)
         mark_partial_gradients(self)
-        optimizer.sum_ddp_gradients(self)
+        optimizer.mark_mean_gradients(self)
         freeze_base(self)
         freeze_routing(self)
 
@@ -56,7 +56,7 @@ class LoRAConverter:
         if not hasattr(job_config, "lora"):
             raise ValueError(MISSING_CONFIG_MODULE)
         check_converter_order(job_config.model.converters)
-        checkpoint.check_config(job_config)
+        check_settings(job_config)
         warn_of_wrong_router_gradients(parallel_dims)
         self.job_config, self.parallel_dims = job_config, parallel_dims
         self.config: LoRA = job_config.lora

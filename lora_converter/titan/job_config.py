@@ -4,8 +4,10 @@ torchtitan merges this class into its own when `job.custom_config_module` names 
 with a config module of its own derives from this one. No postponed annotations here: the merge reads types.
 """
 
+import os
 from dataclasses import dataclass, field
 
+from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.config import ConfigManager
 
 from lora_converter.config import LoRAConfig
@@ -14,6 +16,9 @@ MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "
     'add custom_config_module = "lora_converter.titan" under [job].'
 )
+
+PARTS = (MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
+"""What a checkpoint is made of, in torchtitan's names."""
 
 
 @dataclass
@@ -55,3 +60,43 @@ def require_config_module(args: list[str]) -> None:
     uses_lora = "lora" in toml or "lora" in toml.get("model", {}).get("converters", [])
     if uses_lora and manager._maybe_add_custom_config(args, toml) is manager.config_cls:
         raise ValueError(MISSING_CONFIG_MODULE)
+
+
+def check_settings(job_config) -> None:
+    """Refuses settings of the host that cannot work with adapters, before any weight exists.
+
+    Raises:
+        ValueError: What was set, and what to do.
+    """
+    config = job_config.checkpoint
+    path = config.initial_load_path or (job_config.model.hf_assets_path if config.initial_load_in_hf else None)
+    adapter = job_config.lora.initial_adapter_path
+    if not config.enable and (path or adapter):
+        option = "checkpoint.initial_load_path" if path else "lora.initial_adapter_path"
+        raise ValueError(f"{option} is set, but nothing is loaded with checkpoint.enable = false. Set it to true.")
+    if path and not os.path.isdir(path):
+        option = "checkpoint.initial_load_path" if config.initial_load_path else "model.hf_assets_path"
+        raise ValueError(f"{option} = {path!r}: there is no such folder. Name the folder of the pretrained base.")
+    if adapter and not os.path.isdir(adapter):
+        raise ValueError(f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder.")
+    if path and not config.initial_load_model_only:
+        raise ValueError(
+            "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
+            "Leave it at true; a LoRA run resumes from its own checkpoint folder."
+        )
+    if job_config.optimizer.early_step_in_backward:
+        raise ValueError(
+            "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
+            "the backward. Leave it at false; they take little memory."
+        )
+    unknown = [name for name in config.exclude_from_loading if name and name not in PARTS]
+    if unknown:
+        raise ValueError(
+            f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "
+            f"are {', '.join(PARTS)}."
+        )
+    if config.last_save_in_hf:
+        raise ValueError(
+            "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. "
+            "Leave it at false; the last step folder holds the adapters in DCP format."
+        )

@@ -5,7 +5,9 @@
 2. A pipeline stage without adapters has no parameter to optimise and no gradient to take a norm of. Remove when
    `OptimizersContainer` and `clip_grad_norm_` accept a stage that is frozen.
 3. torchtitan 0.2.2 divides the loss by the tokens of all data-parallel ranks, so gradients are to be summed over them,
-   as it tells FSDP2; its DDP averages them. Remove when it sums there too.
+   as it tells FSDP2; its DDP averages them. The mean is multiplied before clipping, and not replaced by a sum in DDP:
+   DDP reduces at every micro-batch what has accumulated, and a mean leaves the part that is reduced already as it is.
+   Remove when torchtitan sums there too.
 4. Under pipeline parallelism that division reaches the logged loss and not the gradients, so that clipping acts on
    gradients as many times too large as the batch has tokens. Remove when the schedule gets the divided loss.
 
@@ -25,7 +27,10 @@ from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import utils as dist_utils
 
+from lora_converter.apply import adapter_parameters
 from lora_converter.gradients import sum_partial_gradients
+
+_RANKS = "_gradient_is_mean_over_ranks"
 
 
 @functools.cache
@@ -36,17 +41,17 @@ def install() -> None:
     OptimizersContainer._post_init = _post_init  # type: ignore[method-assign]
 
 
-def sum_ddp_gradients(model: nn.Module) -> None:
-    """Makes DDP sum the gradients of a replicated model, where it would average them; other models are left alone."""
+def mark_mean_gradients(model: nn.Module) -> None:
+    """Marks the adapters of a model under DDP, whose gradients are means over the ranks; others are left alone."""
     if isinstance(model, DDP):
-        model.register_comm_hook(None, _sum_bucket)
+        for param in adapter_parameters(model).values():
+            setattr(param, _RANKS, dist.get_world_size())  # torchtitan's DDP always spans the world
 
 
-def _sum_bucket(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """A DDP communication hook. torchtitan's DDP always spans the whole world."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda done: done.value()[0])
+def _sum_mean_gradients(parameters: list[nn.Parameter]) -> None:
+    for param in parameters:
+        if param.grad is not None and hasattr(param, _RANKS):
+            param.grad.mul_(getattr(param, _RANKS))
 
 
 def divide_pipeline_gradients(trainer: Any) -> None:
@@ -69,10 +74,12 @@ def divide_pipeline_gradients(trainer: Any) -> None:
 
 
 def _clip_complete_gradients(clip: Any) -> Any:
+    @torch.no_grad()
     @functools.wraps(clip)
     def clip_complete(parameters: Iterable[nn.Parameter], *args: Any, **kwargs: Any) -> torch.Tensor:
         parameters = list(parameters)
         sum_partial_gradients(parameters)
+        _sum_mean_gradients(parameters)
         if not any(p.grad is not None for p in parameters):
             # A norm of no gradients is a CPU scalar, which NCCL cannot sum over the stages. A zero gradient on the
             # smallest parameter gives a zero norm on the right device and mesh.

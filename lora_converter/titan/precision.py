@@ -5,7 +5,8 @@ in the compute dtype it takes half the memory and is never cast again, and the n
 once gives what rounding at every use gave. Which weights are rounded, and whether at all, is torchtitan's rule:
 
     FSDP2, HSDP, CP     fully_shard casts every parameter to training.mixed_precision_param
-    one rank, DDP       autocast casts the operands of matrix products: the weights of linears
+    one rank, DDP       autocast casts the operands of matrix products: the weights of linears, but not of an
+                        embedding, also where an output head shares it
     TP, PP alone        no mixed precision
 """
 
@@ -21,13 +22,11 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config, parallel_dims: P
     Tensor subclasses, such as float8 weights that FSDP2 gathers in float8, are left to those who made them.
     """
     dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
-    if parallel_dims.fsdp_enabled:
-        modules = list(model.modules())
-    elif parallel_dims.tp_enabled or parallel_dims.pp_enabled:
-        return
-    else:
-        modules = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    for module in modules:
-        for param in module.parameters(recurse=False):
-            if not param.requires_grad and type(param.data) is torch.Tensor and param.dtype.itemsize > dtype.itemsize:
-                param.data = param.data.to(dtype)
+    params = {param for param in model.parameters() if not param.requires_grad}
+    if parallel_dims.tp_enabled or parallel_dims.pp_enabled:
+        params = params if parallel_dims.fsdp_enabled else set()
+    elif not parallel_dims.fsdp_enabled:
+        params -= {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    for param in params:
+        if type(param.data) is torch.Tensor and param.dtype.itemsize > dtype.itemsize:
+            param.data = param.data.to(dtype)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
-from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build
+from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish
 from launch import main
-from parity import FSDP2, TP2, base_options
+from parity import CP2, FSDP2, TP2, base_options
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -107,6 +108,17 @@ def frozen_weights_are_stored_in_the_compute_dtype(folder: Path) -> Any:
     assert torch.equal(*outputs)
 
 
+def dropout_masks_are_shared_by_tensor_parallel_ranks_alone(folder: Path) -> Any:
+    """The seed of the masks after one step: equal where ranks see the same rows, different where they do not."""
+    for layout, distinct in ((TP2, 1), (FSDP2, 2), (CP2, 2)):
+        options = [*base_options("llama3", folder.parent.parent), *layout, "--lora.dropout=0.1", "--training.steps=1"]
+        run = build(folder / layout[0], *options)
+        finish(run)
+        seeds: list[int] = [0, 0]
+        dist.all_gather_object(seeds, torch.initial_seed())
+        assert len(set(seeds)) == distinct, (layout, seeds)
+
+
 class Mlp(nn.Module):
     """Column-wise, then row-wise, both with a bias; 7 hidden features do not split evenly over two ranks."""
 
@@ -156,6 +168,7 @@ CHECKS = {
     "qwen3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "qwen3"),
     "FSDP2 reduces the adapters' gradients alone": only_adapter_gradients_are_reduced,
     "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,
+    "dropout masks are shared by tensor-parallel ranks alone": dropout_masks_are_shared_by_tensor_parallel_ranks_alone,
     "biases and uneven shards under TP": a_plain_model_with_biases_and_uneven_shards,
 }
 

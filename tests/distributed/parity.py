@@ -34,6 +34,7 @@ FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
 EP2 = ["--parallelism.expert_parallel_degree=2"]
 INTERLEAVED = ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B"]
 REPLICATE2 = ["--parallelism.data_parallel_replicate_degree=2"]
+DDP2 = [*REPLICATE2, "--parallelism.data_parallel_shard_degree=1"]
 COMPILE = ["--compile.enable", "--compile.components=model"]
 FULL_AC = ["--activation_checkpoint.mode=full"]
 OP_SAC = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
@@ -81,7 +82,7 @@ def row(ranks: int, *layout: list[str], **fields: Any) -> Row:
 
 TABLE = {
     "FSDP2": row(2, FSDP2),
-    "DDP2": row(2, REPLICATE2, ["--parallelism.data_parallel_shard_degree=1"]),
+    "DDP2": row(2, DDP2),
     "TP2": row(2, TP2),
     "PP2 1F1B": row(2, PP2),
     "PP2 interleaved": row(2, PP2, INTERLEAVED),
@@ -106,12 +107,14 @@ VARIANTS = {
     "adapters in the first layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.0.*",)),
     "accumulation, TP2": row(2, TP2, microbatches=2),
     "accumulation, FSDP2": row(2, FSDP2, microbatches=2),
+    "accumulation, DDP2": row(2, DDP2, microbatches=2),
     "full AC, TP2": row(2, TP2, FULL_AC),
     "selective AC by op, TP2": row(2, TP2, OP_SAC),
     "selective AC by layer, FSDP2": row(2, FSDP2, LAYER_SAC),
     "validation, FSDP2": row(2, FSDP2, VALIDATION),
     "CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"]),
     "accumulation, TP2 x FSDP2": row(4, TP2, FSDP2, microbatches=2),
+    "MoE, TP2": row(2, TP2, model="deepseek_v3"),
     "qwen3 MoE, EP2": row(2, FSDP2, EP2, model="qwen3_moe"),
     "llama4, EP2": row(2, FSDP2, EP2, model="llama4"),
 }

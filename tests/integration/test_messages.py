@@ -116,6 +116,11 @@ def test_a_value_out_of_range_in_the_toml_file_is_refused(tmp_path: Path) -> Non
             "it at true; a LoRA run resumes from its own checkpoint folder.",
         ),
         (
+            ["--checkpoint.exclude_from_loading=optimizer,dataloder"],
+            "checkpoint.exclude_from_loading: 'dataloder' is no part of a checkpoint; the parts are model, optimizer, "
+            "lr_scheduler, dataloader, train_state.",
+        ),
+        (
             ["--optimizer.early_step_in_backward"],
             "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after the backward. "
             "Leave it at false; they take little memory.",

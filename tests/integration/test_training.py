@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, llama3_args
+from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 from lora_converter import LoRALinear, adapter_parameters
 from lora_converter.apply import adapted_linears
@@ -122,6 +123,34 @@ def test_a_deep_copied_model_initialises_itself_and_not_the_original(tmp_path: P
         stage.init_weights()
     assert all(param.is_meta for param in model.parameters())
     assert all(torch.isfinite(param).all() for param in stage.parameters())
+
+
+@pytest.mark.parametrize("flavor", ["tied", "untied"])
+def test_one_rank_stores_frozen_linears_in_bf16_and_computes_what_autocast_computed(
+    flavor: str, tmp_path: Path
+) -> None:
+    """A weight that a tied output head shares with the embedding stays as it is: autocast rounds no embedding."""
+    tied = flavor == "tied"
+    qwen3_args[flavor] = Qwen3ModelArgs(
+        vocab_size=320, head_dim=24, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, qk_norm=True, hidden_dim=160,
+        enable_weight_tying=tied,
+    )  # fmt: skip
+    options = ["--model.name=qwen3", f"--model.flavor={flavor}", "--training.mixed_precision_param=bfloat16"]
+    seed = build(tmp_path / "seed", *options, "--checkpoint.create_seed_checkpoint", config=BASE_CONFIG)
+    seed.trainer.checkpointer.save(curr_step=0, last_step=True)
+    seed.trainer.close()
+    source = f"--checkpoint.initial_load_path={tmp_path}/seed/checkpoint/step-0"
+    first_losses = []
+    for name, config in (("lora", CONFIG), ("base", BASE_CONFIG)):
+        run = build(tmp_path / name, *options, source, "--training.steps=1", config=config)
+        if name == "lora":
+            model = run.trainer.model_parts[0]
+            stored = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
+            linears = {f"{n}.weight" for n, m in model.named_modules() if type(m) in (LoRALinear, torch.nn.Linear)}
+            assert stored == linears - ({"output.weight"} if tied else set())
+        finish(run)
+        first_losses += run.losses
+    assert first_losses[0] == first_losses[1]
 
 
 def test_adapters_of_another_run_are_where_training_starts(hf_base: Path, tmp_path: Path) -> None:
