@@ -1,11 +1,21 @@
 """Tiny `transformers` models with random weights, saved as Hugging Face folders: bases that nobody here wrote."""
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from harness import TINY
-from transformers import LlamaConfig, LlamaForCausalLM
+from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 
 def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"]) -> LlamaForCausalLM:
@@ -30,8 +40,38 @@ def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"]) -> LlamaForCaus
         },
         attn_implementation="eager",
     )
+    return _with_random_weights(LlamaForCausalLM, config, seed)
+
+
+def save_tiny_llama(folder: Path, **options: int) -> Path:
+    """Writes `tiny_llama` where torchtitan and transformers read it."""
+    tiny_llama(**options).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    return folder
+
+
+def tiny_qwen3(*, tied: bool = False) -> PreTrainedModel:
+    """Grouped-query attention with q/k norms and a head dim that is not dim / heads."""
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=320,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        attn_implementation="eager",
+    )
+    return _with_random_weights(Qwen3ForCausalLM, config, 0)
+
+
+def _with_random_weights(cls: type, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).float()
+    model = cls(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norms away from 1, weights large enough that attention is not uniform.
@@ -39,8 +79,26 @@ def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"]) -> LlamaForCaus
     return model
 
 
-def save_tiny_llama(folder: Path, **options: int) -> Path:
-    """Writes `tiny_llama` where torchtitan and transformers read it."""
-    tiny_llama(**options).save_pretrained(folder)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+@dataclass(frozen=True)
+class HFModel:
+    """A transformers model and torchtitan's options for the same architecture."""
+
+    make: Callable[[], PreTrainedModel]
+    options: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+qwen3_args["hf_tiny"] = Qwen3ModelArgs(
+    vocab_size=320, head_dim=24, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, qk_norm=True, hidden_dim=160,
+    rope_theta=1000000.0, norm_eps=1e-6,
+)  # fmt: skip
+
+HF_MODELS = {
+    "llama3": HFModel(tiny_llama),
+    "qwen3": HFModel(tiny_qwen3, ("--model.name=qwen3", "--model.flavor=hf_tiny")),
+}
+
+
+def save_hf(name: str, folder: Path) -> Path:
+    HF_MODELS[name].make().save_pretrained(folder)
     return folder

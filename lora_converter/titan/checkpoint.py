@@ -3,6 +3,7 @@
     base      checkpoint.initial_load_path (DCP, or Hugging Face with initial_load_in_hf); read at every start
     step-N    adapters, optimizer, scheduler, data loader and train state; no base weight
     resume    base from its source + step-N
+    last step with checkpoint.last_save_in_hf, a PEFT directory instead
 
 A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
 
@@ -36,10 +37,13 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
 from lora_converter.apply import adapter_parameters
+from lora_converter.linear import copy_full_
+from lora_converter.peft import is_peft_directory, load_peft, save_peft
 from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.optimizer import divide_pipeline_gradients
+from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, to_peft
 
 BASE_OPTION = "checkpoint.initial_load_path"
 
@@ -100,6 +104,7 @@ class LoRACheckpointManager(CheckpointManager):
         super().__init__(dataloader, model_parts, *args, **kwargs)
         self.settings: LoRA = model_parts[0].lora_settings  # type: ignore[assignment]
         trainer = self.states[TRAIN_STATE]  # nothing else of ours is handed the trainer
+        self.parallel_dims, self.model_parts = trainer.parallel_dims, model_parts
         divide_pipeline_gradients(trainer)
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
         if not self.enable:
@@ -156,6 +161,29 @@ class LoRACheckpointManager(CheckpointManager):
         if self._dropout:
             self._dropout.continue_after(curr_step)
 
+    def _save_last_step(self, curr_step: int) -> None:
+        if self.last_save_in_hf:
+            self._export_peft(self._create_checkpoint_id(curr_step))
+        else:
+            super()._save_last_step(curr_step)
+
+    @torch.no_grad()
+    def _export_peft(self, path: str) -> None:
+        """Writes the adapters as a PEFT directory, on rank 0; what goes wrong there is raised on all ranks."""
+        assert self.sd_adapter is not None
+        adapters, linears = gather_adapter(self.adapters.state_dict(), self.model_parts, self.parallel_dims)
+        error: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                peft = to_peft(self.sd_adapter, adapters, linears, self.settings, base_model=self.base_source or "")
+                save_peft(peft, path, dtype=self.export_dtype, replace=True)
+                logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
+            except Exception as e:
+                error = [f"The adapters could not be written to {path}: {e}"]
+        dist.broadcast_object_list(error)
+        if error[0]:
+            raise RuntimeError(error[0])
+
     def _find_base_source(self) -> str | None:
         if self.initial_load_in_hf and self.sd_adapter is None:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
@@ -187,6 +215,8 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _check_initial_adapter(self, path: str) -> Callable[[], None]:
         """Checks another run's adapters against the model; what it returns loads them."""
+        if is_peft_directory(path):
+            return self._check_peft(path)
         reader = _dcp_reader(path, "lora.initial_adapter_path")
         state_dict = self.adapters.state_dict()
         _check_fits(state_dict, reader.read_metadata(), f"lora.initial_adapter_path: {path}")
@@ -195,6 +225,24 @@ class LoRACheckpointManager(CheckpointManager):
             logger.info(f"LoRA: starting from the adapters in {path}.")
             dcp.load(state_dict, storage_reader=reader)
             self.adapters.load_state_dict(state_dict)
+
+        return load
+
+    def _check_peft(self, path: str) -> Callable[[], None]:
+        """Checks a PEFT directory against the model; what it returns loads it."""
+        assert self.sd_adapter is not None
+        _, linears = gather_adapter({}, self.model_parts, self.parallel_dims)
+        names: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(names, adapted_fqns(self.adapters.state_dict()))
+        shared = [linears]
+        dist.broadcast_object_list(shared)
+        adapted = sorted({fqn for part in names for fqn in part})
+        state_dict = from_peft(self.sd_adapter, load_peft(path), shared[0], adapted=adapted, what=path)
+
+        def load() -> None:
+            logger.info(f"LoRA: starting from the PEFT adapter in {path}.")
+            for name, param in self.adapters.state_dict().items():
+                copy_full_(param, state_dict[name])
 
         return load
 

@@ -11,14 +11,17 @@ from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import model_converter
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from lora_converter.apply import ParameterCount, apply_lora, count_parameters, freeze_base, reset_adapters
 from lora_converter.config import LoRAConfig
 from lora_converter.gradients import mark_partial_gradients
 from lora_converter.linear import subclass_with
+from lora_converter.peft import is_peft_directory, load_peft
 from lora_converter.titan import checkpoint, optimizer
 from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_settings
+from lora_converter.titan.peft_bridge import linear_shapes, settings_of_peft
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
 NAME = "lora"
@@ -69,6 +72,8 @@ class LoRAConverter:
     def convert(self, model: nn.Module) -> None:
         """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
         try:
+            if self.config.initial_adapter_path and is_peft_directory(self.config.initial_adapter_path):
+                self.config = self._settings_of_peft(model)
             apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
@@ -77,6 +82,13 @@ class LoRAConverter:
         model.lora_seed = self.seed  # type: ignore[assignment]
         model.__class__ = subclass_with(LoRAModel, type(model))  # type: ignore[arg-type]
         logger.info(describe(count_parameters(model), self.config))
+
+    def _settings_of_peft(self, model: nn.Module) -> LoRA:
+        spec = get_train_spec(self.job_config.model.name)
+        if spec.state_dict_adapter is None:
+            raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
+        adapter = spec.state_dict_adapter(model.model_args, None)  # type: ignore[arg-type]
+        return settings_of_peft(self.config, load_peft(self.config.initial_adapter_path), adapter, linear_shapes(model))
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do after a step."""

@@ -27,9 +27,10 @@ class LoRA(LoRAConfig):
 
     initial_adapter_path: str = ""
     """
-    Step folder of an earlier LoRA run (DCP) whose adapters this run starts from. Only adapters are read: the base
-    comes from checkpoint.initial_load_path, and optimizer and step are fresh. Ignored when the run resumes from its
-    own checkpoint folder.
+    Adapters that this run starts from: a step folder of an earlier LoRA run (DCP), or a PEFT directory, whose rank,
+    alpha, rsLoRA and targets hold where [lora] leaves them at their defaults. Only adapters are read: the base comes
+    from checkpoint.initial_load_path, and optimizer and step are fresh. Not loaded when the run resumes from its own
+    checkpoint folder.
     """
 
     def __post_init__(self) -> None:
@@ -95,8 +96,13 @@ def check_settings(job_config) -> None:
             f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "
             f"are {', '.join(PARTS)}."
         )
-    if config.last_save_in_hf:
+    if config.last_save_in_hf and not path:
         raise ValueError(
-            "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. "
-            "Leave it at false; the last step folder holds the adapters in DCP format."
+            "checkpoint.last_save_in_hf = true: the adapter would be written without its base, which has no source and "
+            "is stored nowhere else. Set checkpoint.initial_load_path, or leave it at false."
+        )
+    if config.last_save_in_hf and not config.last_save_model_only:
+        raise ValueError(
+            "checkpoint.last_save_in_hf = true makes the last step a PEFT directory, which cannot hold the optimizer: "
+            "set checkpoint.last_save_model_only = true."
         )

@@ -7,14 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import finish
+from harness import build, finish
 from launch import main
-from parity import FSDP2, PP2, STEPS, TP2, Row, build_row, losses_of, relative, row
+from parity import (
+    FSDP2,
+    PP2,
+    STEPS,
+    TP2,
+    Row,
+    base_options,
+    build_row,
+    losses_of,
+    relative,
+    row,
+    whole_adapter,
+)
 
 HALF = STEPS // 2
 
 SAVED_ON = {"1 rank": row(1), "FSDP2": row(2, FSDP2), "TP2": row(2, TP2), "PP2": row(2, PP2)}
 RESUMED_ON = {**SAVED_ON, "TP2 x PP2": row(4, TP2, PP2)}
+EXPORTED_FROM = {**SAVED_ON, "TP2 x PP2 x FSDP2": row(8, TP2, PP2, FSDP2)}
 
 
 def save(layout: str, bases: Path) -> None:
@@ -34,6 +47,25 @@ def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
     return {"loss": difference}
 
 
+def export(layout: str, bases: Path) -> None:
+    """One trained state as a PEFT directory, which is then the start of another run on the same layout."""
+    folder = bases / "exported" / layout
+    trained = f"--lora.initial_adapter_path={bases}/saved/1 rank/checkpoint/step-{HALF}"
+    run = build(folder / "run", *base_options("llama3", bases), *EXPORTED_FROM[layout].layout, trained)
+    run.trainer.checkpointer.load()
+    run.trainer.checkpointer._export_peft(str(folder / "peft"))
+    expected = whole_adapter(run)
+    run.trainer.close()
+
+    start = [f"--lora.initial_adapter_path={folder}/peft", "--lora.rank=16"]
+    run = build(folder / "next", *base_options("llama3", bases), *EXPORTED_FROM[layout].layout, *start)
+    run.trainer.checkpointer.load()
+    imported = whole_adapter(run)
+    assert imported.keys() == expected.keys()
+    assert all(torch.equal(imported[name], value) for name, value in expected.items())
+    run.trainer.close()
+
+
 def checks(bases: Path, ranks: int) -> dict[str, Any]:
     """All saves of layouts with so many ranks, then all resumes."""
     found: dict[str, Any] = {
@@ -45,6 +77,9 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         for saved in SAVED_ON:
             if needs.ranks == ranks:
                 found[f"resume on {layout} from {saved}"] = lambda _, to=layout, of=saved: resume(to, of, bases)
+    for layout, needs in EXPORTED_FROM.items():
+        if needs.ranks == ranks:
+            found[f"export on {layout}"] = lambda _, layout=layout: export(layout, bases)
     return found
 
 

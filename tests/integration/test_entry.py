@@ -46,7 +46,7 @@ def test_help_explains_every_option() -> None:
         "--lora.use-rslora": "Scale the update by alpha / sqrt(rank)",
         "--lora.target-modules": "Linears that get an adapter: 'all-linear'",
         "--lora.exclude-modules": "Linears that get none although target_modules names them.",
-        "--lora.initial-adapter-path": "Step folder of an earlier LoRA run (DCP)",
+        "--lora.initial-adapter-path": "Adapters that this run starts from: a step folder",
     }.items():
         assert option in shown.replace("_", "-") and text in shown, option
 

@@ -127,8 +127,13 @@ def test_a_value_out_of_range_in_the_toml_file_is_refused(tmp_path: Path) -> Non
         ),
         (
             ["--checkpoint.last_save_in_hf"],
-            "checkpoint.last_save_in_hf = true: adapters cannot be written in a Hugging Face format yet. Leave it at "
-            "false; the last step folder holds the adapters in DCP format.",
+            "checkpoint.last_save_in_hf = true: the adapter would be written without its base, which has no source and "
+            "is stored nowhere else. Set checkpoint.initial_load_path, or leave it at false.",
+        ),
+        (
+            ["--checkpoint.last_save_in_hf", "--checkpoint.initial_load_path=/"],
+            "checkpoint.last_save_in_hf = true makes the last step a PEFT directory, which cannot hold the optimizer: "
+            "set checkpoint.last_save_model_only = true.",
         ),
     ],
 )

@@ -1,0 +1,213 @@
+"""The PEFT directory: adapters as Hugging Face PEFT, transformers and vLLM read them. The only place with PEFT's words.
+
+    adapter_config.json         r, lora_alpha, target_modules, ... (indent 2, sorted keys)
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
+
+A directory appears whole or not at all. PEFT's own loader drops keys that it does not know and leaves out those it
+misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do (DoRA,
+modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+PEFT_VERSION = "0.21.2"
+"""Of the format that is written."""
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+_MUST_BE: dict[str, tuple] = {
+    "alpha_pattern": (None, {}),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+}
+"""Settings of PEFT's that change what an adapter computes or holds, and their values without effect."""
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter in Hugging Face's names.
+
+    Attributes:
+        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank).
+        target_modules: As PEFT matches them: whole names, or last parts of names.
+        base_model: Where the base is, for people and loaders; may be empty.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    target_modules: list[str]
+    base_model: str = ""
+
+
+def is_peft_directory(path: str | Path) -> bool:
+    """Whether a folder looks like PEFT's, complete or not."""
+    return any((Path(path) / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"))
+
+
+def save_peft(
+    adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32, replace: bool = False
+) -> None:
+    """Writes a PEFT directory: beside its place first, moved there when it is complete.
+
+    Args:
+        replace: A PEFT directory at `folder` gives way to the new one; without it, and for anything else, it stays.
+
+    Raises:
+        FileExistsError: `folder` is there already and not empty.
+        ValueError: The factors do not fit the adapter's rank.
+    """
+    folder = Path(folder)
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied and not (replace and is_peft_directory(folder)):
+        raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
+    _check_factors(adapter, str(folder))
+    draft = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        tensors = {
+            f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype).contiguous()
+            for module, factors in sorted(adapter.factors.items())
+            for letter, factor in zip("AB", factors, strict=True)
+        }
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        (draft / CONFIG_FILE).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def load_peft(folder: str | Path) -> PeftAdapter:
+    """Reads and checks a PEFT directory.
+
+    Raises:
+        ValueError: What is missing, damaged or not supported, with its name.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in _read_tensors(folder).items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE}: {key!r} is no LoRA factor of a linear; only "
+                "base_model.model.<module>.lora_A.weight and .lora_B.weight are read."
+            )
+        factors.setdefault(match["module"], {})[match["factor"]] = tensor
+    halves = [f"{module} has lora_{'/'.join(pair)} alone" for module, pair in factors.items() if len(pair) < 2]
+    if halves or not factors:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {'; '.join(halves) or 'no adapter in it'}. The file is incomplete.")
+    adapter = PeftAdapter(
+        factors={module: (pair["A"], pair["B"]) for module, pair in sorted(factors.items())},
+        rank=config["r"],
+        alpha=float(config["lora_alpha"]),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        use_rslora=bool(config.get("use_rslora", False)),
+        target_modules=_as_list(config.get("target_modules")),
+        base_model=config.get("base_model_name_or_path") or "",
+    )
+    _check_factors(adapter, str(folder))
+    broken = [m for m, pair in adapter.factors.items() if not all(factor.isfinite().all() for factor in pair)]
+    if broken:
+        logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
+    return adapter
+
+
+def _config(adapter: PeftAdapter) -> dict[str, Any]:
+    """Every field that a reader may look at; PEFT fills in its defaults for the rest."""
+    return {
+        "base_model_name_or_path": adapter.base_model or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": adapter.rank,
+        "target_modules": sorted(adapter.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": adapter.use_rslora,
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {CONFIG_FILE}, so it is no PEFT directory.") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} cannot be read as JSON ({e}).") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type = {config.get('peft_type')!r}; only 'LORA' is supported.")
+    for name, harmless in _MUST_BE.items():
+        if name in config and config[name] not in harmless:
+            raise ValueError(f"{path}: {name} = {config[name]!r} is not supported; it must be {harmless[0]!r}.")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"{path}: r = {rank!r}; it must be an integer of at least 1.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
+        raise ValueError(f"{path}: lora_alpha = {alpha!r}; it must be a number above 0.")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = (
+            " adapter_model.bin is there, but pickled weights are not read: a pickle can run code."
+            * (folder / "adapter_model.bin").exists()
+        )
+        raise ValueError(f"{folder} has no {WEIGHTS_FILE}.{pickled}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as e:
+        raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
+
+
+def _check_factors(adapter: PeftAdapter, what: str) -> None:
+    for module, (a, b) in adapter.factors.items():
+        shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
+        if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == adapter.rank):
+            raise ValueError(f"{what}: {shapes}; with r = {adapter.rank} they must be (r, in) and (out, r).")
+        if not (a.is_floating_point() and b.is_floating_point()):
+            raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")
+
+
+def _as_list(target_modules: Any) -> list[str]:
+    return [target_modules] if isinstance(target_modules, str) else list(target_modules or [])

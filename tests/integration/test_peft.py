@@ -1,0 +1,73 @@
+"""Adapters out to PEFT and in from PEFT, against PEFT itself on transformers' own models."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Run, build, train
+from hf_models import HF_MODELS, save_hf
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
+
+
+def logits(run: Run) -> torch.Tensor:
+    model = run.trainer.model_parts[0]
+    model.eval()
+    with torch.no_grad():
+        return model(TOKENS)
+
+
+@pytest.fixture(params=list(HF_MODELS))
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, list[str]]:
+    """A model's name and the options of a job on its Hugging Face folder."""
+    name = request.param
+    base = save_hf(name, tmp_path / "base")
+    return name, [*HF_MODELS[name].options, f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf"]
+
+
+def export(folder: Path, job: tuple[str, list[str]], *options: str) -> tuple[Run, Path]:
+    run = train(folder, *job[1], "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", *options)
+    return run, folder / "checkpoint" / "step-3"
+
+
+def test_an_exported_adapter_gives_peft_the_logits_of_the_trained_model(job, tmp_path: Path) -> None:
+    run, path = export(tmp_path / "run", job, "--lora.use_rslora")
+    base = HF_MODELS[job[0]].make()
+    with torch.no_grad():
+        untouched = base(input_ids=TOKENS).logits
+    model = PeftModel.from_pretrained(base, path)
+    result = set_peft_model_state_dict(model, load_peft_weights(path))
+    assert not result.unexpected_keys and not [key for key in result.missing_keys if "lora" in key]
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS).logits
+    assert (expected - untouched).abs().max() > 1e-2  # the adapter does something
+    # fp32, another attention kernel.
+    torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_an_adapter_that_peft_made_gives_its_logits_here(job, tmp_path: Path) -> None:
+    twin = get_peft_model(
+        HF_MODELS[job[0]].make(), LoraConfig(r=5, lora_alpha=7, target_modules=HF_MODELS[job[0]].targets)
+    )
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        expected = twin.eval()(input_ids=TOKENS).logits
+    twin.save_pretrained(tmp_path / "peft")
+    run = build(tmp_path / "run", *job[1], f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
+    run.trainer.checkpointer.load()
+    assert (run.trainer.checkpointer.settings.rank, run.trainer.checkpointer.settings.alpha) == (5, 7.0)
+    torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=1e-4)
+    run.trainer.close()
+
+
+def test_export_import_export_is_byte_identical(job, tmp_path: Path) -> None:
+    _, first = export(tmp_path / "first", job)
+    _, second = export(
+        tmp_path / "second", job, f"--lora.initial_adapter_path={first}", "--optimizer.lr=0", "--lora.rank=16"
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
