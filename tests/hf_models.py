@@ -7,8 +7,12 @@ from pathlib import Path
 
 import torch
 from harness import TINY
+from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
+from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -69,6 +73,37 @@ def tiny_qwen3(*, tied: bool = False) -> PreTrainedModel:
     return _with_random_weights(Qwen3ForCausalLM, config, 0)
 
 
+def tiny_deepseek_v3() -> PreTrainedModel:
+    """Latent attention with a low-rank query, one dense layer, then experts with a shared one."""
+    config = DeepseekV3Config(
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=48,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+        q_lora_rank=24,
+        kv_lora_rank=40,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        vocab_size=320,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        attn_implementation="eager",
+    )
+    return _with_random_weights(DeepseekV3ForCausalLM, config, 0)
+
+
 def _with_random_weights(cls: type, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
     model = cls(config).float()
@@ -86,6 +121,8 @@ class HFModel:
     make: Callable[[], PreTrainedModel]
     options: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    atol: float = 1e-4
+    """Of logits around 3 in fp32: the attention kernel is another one."""
 
 
 qwen3_args["hf_tiny"] = Qwen3ModelArgs(
@@ -93,8 +130,22 @@ qwen3_args["hf_tiny"] = Qwen3ModelArgs(
     rope_theta=1000000.0, norm_eps=1e-6,
 )  # fmt: skip
 
+deepseekv3_args["hf_tiny"] = DeepSeekV3ModelArgs(
+    vocab_size=320, dim=64, inter_dim=160, moe_inter_dim=48, n_layers=3, n_dense_layers=1, n_heads=4, norm_eps=1e-5,
+    moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=2, score_func="sigmoid", route_norm=True,
+                     score_before_experts=False),
+    q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+)  # fmt: skip
+
 HF_MODELS = {
     "llama3": HFModel(tiny_llama),
+    "deepseek_v3": HFModel(
+        tiny_deepseek_v3,
+        # Attention alone: PEFT 0.21 takes every gate, up and down projection of an MoE model for a routed expert's.
+        ("--model.name=deepseek_v3", "--model.flavor=hf_tiny", "--lora.target_modules=*.attention.*"),
+        ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+        atol=3e-4,  # the bare bases differ by 1e-4: RoPE is rotated as complex numbers there, as reals here
+    ),
     "qwen3": HFModel(tiny_qwen3, ("--model.name=qwen3", "--model.flavor=hf_tiny")),
 }
 
