@@ -9,7 +9,9 @@ from lora_converter.apply import (
     apply_lora,
     count_parameters,
     freeze_base,
+    merge_adapter,
     reset_adapters,
+    unmerge_adapter,
 )
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRALinear
@@ -22,5 +24,7 @@ __all__ = [
     "apply_lora",
     "count_parameters",
     "freeze_base",
+    "merge_adapter",
     "reset_adapters",
+    "unmerge_adapter",
 ]

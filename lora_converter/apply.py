@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRALinear, add_adapter
@@ -91,3 +92,43 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total=sum(p.numel() for p in params),
         adapted=sum(1 for _ in adapted_linears(model)),
     )
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Adds every adapter's update to its base weight, in place, under any layout; the forward then costs the base's.
+
+    Weights that are sharded stay sharded: only the factors, rank-sized, are gathered. Call it on all ranks, between
+    steps. The base weights are kept, so it takes their memory once more.
+
+    Raises:
+        ValueError: The model has no adapters, or they are merged already.
+    """
+    linears = _at_rest(model)
+    if merged := [linear.lora_fqn for linear in linears if linear.lora_unmerged is not None]:
+        raise ValueError(f"{len(merged)} adapters are merged already, {merged[0]} among them: unmerge_adapter first.")
+    for linear in linears:
+        linear.merge()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Takes `merge_adapter` back: base weights and adapters are bit for bit what they were.
+
+    Raises:
+        ValueError: The model has no adapters, or they are not merged.
+    """
+    linears = _at_rest(model)
+    if apart := [linear.lora_fqn for linear in linears if linear.lora_unmerged is None]:
+        raise ValueError(f"{len(apart)} adapters are not merged, {apart[0]} among them: merge_adapter first.")
+    for linear in linears:
+        linear.unmerge()
+
+
+def _at_rest(model: nn.Module) -> list[LoRALinear]:
+    """The adapted linears, with their sharded parameters in place: FSDP2 may hold some gathered after a forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    linears = list(adapted_linears(model))
+    if not linears:
+        raise ValueError("The model has no LoRA adapters.")
+    return linears

@@ -77,10 +77,14 @@ class LoRALinear(nn.Linear):
     lora_b: LoRAFactor
     lora_config: LoRAConfig
     lora_fqn: str
+    lora_unmerged: torch.Tensor | None = None
+    """The base weight, this rank's part of it, while the update is merged into `weight`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features)."""
         out = super().forward(x)
+        if self.lora_unmerged is not None:
+            return out
         x = F.dropout(x, self.lora_config.dropout, self.training)
         if self.lora_a.whole_over is not None:
             return out + self._column_wise_update(x, out, self.lora_a.whole_over)
@@ -131,6 +135,29 @@ class LoRALinear(nn.Linear):
         copy_full_(self.lora_a.weight, full)
         self.lora_b.weight.zero_()
 
+    @torch.no_grad()
+    def delta_weight(self) -> torch.Tensor:
+        """s · B A, the update of the weight: full, (out_features, in_features), fp32. Unshards the factors alone."""
+        a, b = (_full(factor.weight).float() for factor in (self.lora_a, self.lora_b))
+        return self.lora_config.scaling * (b @ a)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the update to the weight, in fp32 and rounded once. The base weight is kept for `unmerge`."""
+        delta = self.delta_weight()
+        if isinstance(self.weight, DTensor):
+            mesh, placements = self.weight.device_mesh, self.weight.placements
+            delta = distribute_tensor(delta, mesh, placements, src_data_rank=None)
+        self.lora_unmerged = self.weight.detach().clone()
+        self.weight.copy_(self.weight.float() + delta)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the base weight back, bit for bit."""
+        assert self.lora_unmerged is not None
+        self.weight.copy_(self.lora_unmerged)
+        self.lora_unmerged = None
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As `nn.Module`'s, but leaves the factors' parameters to the factors.
 
@@ -169,6 +196,10 @@ def subclass_with(mixin: type, cls: type) -> type:
     if issubclass(mixin, cls):
         return mixin
     return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
+
+
+def _full(param: torch.Tensor) -> torch.Tensor:
+    return param.full_tensor() if isinstance(param, DTensor) else param
 
 
 @torch.no_grad()

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish
+from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish, full_state
 from launch import main
-from parity import CP2, FSDP2, TP2, base_options
+from parity import CP2, FSDP2, TP2, base_options, fill_b
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_converter import LoRAConfig, adapter_parameters, apply_lora
+from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, unmerge_adapter
+from lora_converter.apply import adapted_linears
 from lora_converter.gradients import mark_partial_gradients, sum_partial_gradients
 
 
@@ -119,6 +120,28 @@ def dropout_masks_are_shared_by_tensor_parallel_ranks_alone(folder: Path) -> Any
         assert len(set(seeds)) == distinct, (layout, seeds)
 
 
+def merging_keeps_the_output_and_unmerging_gives_the_base_back(folder: Path) -> Any:
+    """On sharded weights: the merged model's logits, then every base weight bit for bit."""
+    tokens = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
+    for name, layout in (("tp", TP2), ("fsdp", FSDP2)):
+        with trainer(folder / name, *base_options("llama3", folder.parent.parent), *layout) as run, torch.no_grad():
+            fill_b(run)
+            model = run.trainer.model_parts[0]
+
+            def logits(model: nn.Module = model) -> torch.Tensor:
+                out = model(tokens)
+                return out.full_tensor() if isinstance(out, DTensor) else out
+
+            before, expected = full_state(run), logits()
+            merge_adapter(model)
+            changed = {n for n, value in full_state(run).items() if not torch.equal(value, before[n])}
+            assert changed == {f"{linear.lora_fqn}.weight" for linear in adapted_linears(model)}
+            # fp32: one product with the sum instead of the sum of two products.
+            torch.testing.assert_close(logits(), expected, rtol=1e-5, atol=1e-4)
+            unmerge_adapter(model)
+            assert all(torch.equal(value, before[n]) for n, value in full_state(run).items())
+
+
 class Mlp(nn.Module):
     """Column-wise, then row-wise, both with a bias; 7 hidden features do not split evenly over two ranks."""
 
@@ -168,6 +191,7 @@ CHECKS = {
     "qwen3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "qwen3"),
     "FSDP2 reduces the adapters' gradients alone": only_adapter_gradients_are_reduced,
     "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,
+    "merging on sharded weights": merging_keeps_the_output_and_unmerging_gives_the_base_back,
     "dropout masks are shared by tensor-parallel ranks alone": dropout_masks_are_shared_by_tensor_parallel_ranks_alone,
     "biases and uneven shards under TP": a_plain_model_with_biases_and_uneven_shards,
 }

@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn as nn
 
-from lora_converter import LoRAConfig, LoRALinear, adapter_parameters, apply_lora, count_parameters, reset_adapters
+from lora_converter import (
+    LoRAConfig,
+    LoRALinear,
+    adapter_parameters,
+    apply_lora,
+    count_parameters,
+    merge_adapter,
+    reset_adapters,
+    unmerge_adapter,
+)
 
 
 class Block(nn.Module):
@@ -155,3 +164,23 @@ def test_a_failed_apply_leaves_the_model_as_it_was() -> None:
 def test_the_core_imports_without_torchtitan() -> None:
     code = "import sys; sys.modules['torchtitan'] = None; import lora_converter; lora_converter.apply_lora"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_merging_moves_the_update_into_the_weight_and_unmerging_takes_it_back_bit_for_bit() -> None:
+    model = adapted()
+    fill_b(model)
+    x = torch.randn(5, 6)
+    before, expected = copy.deepcopy(model.state_dict()), model(x)
+    merge_adapter(model)
+    delta = 32 / 3 * model.up.lora_b.weight @ model.up.lora_a.weight
+    torch.testing.assert_close(model.up.weight, before["up.weight"] + delta)
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(ValueError, match=r"2 adapters are merged already, up among them: unmerge_adapter first\."):
+        merge_adapter(model)
+    unmerge_adapter(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match=r"2 adapters are not merged, up among them: merge_adapter first\."):
+        unmerge_adapter(model)
+    with pytest.raises(ValueError, match="has no LoRA adapters"):
+        merge_adapter(nn.Linear(2, 2))
