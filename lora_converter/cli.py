@@ -1,32 +1,76 @@
-"""`lora-converter merge`: the tools that need no training job."""
+"""`lora-converter merge | export | inspect`: the tools that need no training job."""
 
 import argparse
 import sys
 
 import torch
 
+from lora_converter.inspect import describe_adapter
 from lora_converter.merge import merge_directories
+from lora_converter.peft import PeftAdapter, is_peft_directory, load_peft, save_peft
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. A user's mistake ends in its message and exit code 1, without a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except (ValueError, OSError) as e:
+        print(f"lora-converter: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lora-converter", description="Low-rank adapters outside a training job.")
     commands = parser.add_subparsers(dest="command", required=True)
+
     merge = commands.add_parser("merge", help="base + PEFT adapter -> merged Hugging Face directory")
     merge.add_argument("--base", required=True, help="Hugging Face directory of the base, safetensors")
     merge.add_argument("--adapter", required=True, help="PEFT directory")
     merge.add_argument("--output", required=True, help="directory to make; must not exist")
     merge.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: the base's own)")
-    options = parser.parse_args(arguments)
-    try:
-        count = merge_directories(options.base, options.adapter, options.output, dtype=DTYPES.get(options.dtype))
-    except (ValueError, OSError) as e:
-        print(f"lora-converter: {e}", file=sys.stderr)
-        return 1
-    print(f"Merged {count} adapted linears of {options.adapter} into {options.base}: {options.output}")
-    return 0
+    merge.set_defaults(run=_merge)
+
+    export = commands.add_parser("export", help="step folder of a LoRA run -> PEFT directory")
+    export.add_argument("--checkpoint", required=True, help="step folder, e.g. outputs/checkpoint/step-100")
+    export.add_argument("--output", required=True, help="directory to make; must not exist")
+    export.add_argument("--base", default="", help="what to record as the adapter's base (default: the run's own)")
+    export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the adapter (default: float32)")
+    export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="what an adapter holds")
+    inspect.add_argument("path", help="PEFT directory or step folder of a LoRA run")
+    inspect.add_argument("--base", help="Hugging Face directory of the base: shows the size of each update beside it")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _merge(options: argparse.Namespace) -> str:
+    count = merge_directories(options.base, options.adapter, options.output, dtype=DTYPES.get(options.dtype))
+    return f"Merged {count} adapted linears of {options.adapter} into {options.base}: {options.output}"
+
+
+def _export(options: argparse.Namespace) -> str:
+    adapter = _read_step(options.checkpoint, base=options.base)
+    save_peft(adapter, options.output, dtype=DTYPES[options.dtype])
+    return f"Wrote {len(adapter.factors)} adapted linears as a PEFT directory: {options.output}"
+
+
+def _inspect(options: argparse.Namespace) -> str:
+    adapter = load_peft(options.path) if is_peft_directory(options.path) else _read_step(options.path)
+    return describe_adapter(adapter, base=options.base)
+
+
+def _read_step(path: str, *, base: str = "") -> PeftAdapter:
+    from lora_converter.titan import cpu
+
+    cpu.prepare()  # before torchtitan
+    from lora_converter.titan.step_folder import read_step
+
+    return read_step(path, base=base)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ names fit will do. Configuration and tokenizer files are copied. The output appe
 """
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -84,14 +83,13 @@ def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
 
 
 def _merge_shard(source: Path, target: Path, peft: PeftAdapter, dtype: torch.dtype | None) -> None:
-    scaling = peft.alpha / (math.sqrt(peft.rank) if peft.use_rslora else peft.rank)
     tensors = {}
     with safe_open(source, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
             weight = file.get_tensor(key)
             if factors := peft.factors.get(key.removesuffix(".weight")):
                 a, b = (factor.float() for factor in factors)
-                weight = (weight.float() + scaling * (b @ a)).to(dtype or weight.dtype)
+                weight = (weight.float() + peft.scaling * (b @ a)).to(dtype or weight.dtype)
             elif dtype is not None and weight.is_floating_point():
                 weight = weight.to(dtype)
             tensors[key] = weight

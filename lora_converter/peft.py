@@ -10,6 +10,7 @@ modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -61,6 +62,11 @@ class PeftAdapter:
     use_rslora: bool
     target_modules: list[str]
     base_model: str = ""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of B A."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
 def is_peft_directory(path: str | Path) -> bool:

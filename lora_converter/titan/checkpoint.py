@@ -44,6 +44,7 @@ from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, to_peft
+from lora_converter.titan.step_folder import describe_step
 
 BASE_OPTION = "checkpoint.initial_load_path"
 
@@ -104,7 +105,7 @@ class LoRACheckpointManager(CheckpointManager):
         super().__init__(dataloader, model_parts, *args, **kwargs)
         self.settings: LoRA = model_parts[0].lora_settings  # type: ignore[assignment]
         trainer = self.states[TRAIN_STATE]  # nothing else of ours is handed the trainer
-        self.parallel_dims, self.model_parts = trainer.parallel_dims, model_parts
+        self.parallel_dims, self.job_config, self.model_parts = trainer.parallel_dims, trainer.job_config, model_parts
         divide_pipeline_gradients(trainer)
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
         if not self.enable:
@@ -160,6 +161,12 @@ class LoRACheckpointManager(CheckpointManager):
         super().save(curr_step, last_step)
         if self._dropout:
             self._dropout.continue_after(curr_step)
+
+    def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
+        """torchtitan's, beside a description of the run (see `step_folder.py`)."""
+        if dist.get_rank() == 0:
+            describe_step(checkpoint_id, self.job_config, self.base_source)
+        return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def _save_last_step(self, curr_step: int) -> None:
         if self.last_save_in_hf:

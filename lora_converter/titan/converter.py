@@ -73,7 +73,7 @@ class LoRAConverter:
         """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
         try:
             if self.config.initial_adapter_path and is_peft_directory(self.config.initial_adapter_path):
-                self.config = self._settings_of_peft(model)
+                self.config = self.job_config.lora = self._settings_of_peft(model)
             apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None

@@ -54,7 +54,7 @@ def to_peft(
                 b if hf.rows is None else b[hf.rows],
             )
     return PeftAdapter(
-        factors=factors,
+        factors=dict(sorted(factors.items())),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,

@@ -9,6 +9,9 @@ from hf_models import HF_MODELS, save_hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 
+from lora_converter.cli import main
+from lora_converter.peft import PeftAdapter, save_peft
+
 TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
@@ -70,3 +73,33 @@ def test_export_import_export_is_byte_identical(job, tmp_path: Path) -> None:
     )
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_the_command_line_exports_a_step_folder_as_the_trainer_does(job, tmp_path: Path, capsys) -> None:
+    _, expected = export(tmp_path / "run", job)
+    train(tmp_path / "same", *job[1])
+    step = tmp_path / "same" / "checkpoint" / "step-3"
+    assert main(["export", "--checkpoint", str(step), "--output", str(tmp_path / "peft")]) == 0
+    assert "adapted linears as a PEFT directory" in capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "peft" / name).read_bytes() == (expected / name).read_bytes()
+    assert main(["inspect", str(step), "--base", str(tmp_path / "base")]) == 0
+    shown = capsys.readouterr().out
+    assert main(["inspect", str(expected), "--base", str(tmp_path / "base")]) == 0
+    assert capsys.readouterr().out == shown
+    assert "rank 4, alpha 32, scaling 8, dropout 0" in shown and shown.count("% of |weight|") == shown.count(" x ")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "is no complete step folder of a LoRA run" in capsys.readouterr().err
+
+
+def test_inspect_flags_zero_and_broken_updates(tmp_path: Path, capsys) -> None:
+    factors = {
+        "fine": (torch.ones(2, 4), torch.ones(3, 2)),
+        "zero": (torch.ones(2, 4), torch.zeros(3, 2)),
+        "broken": (torch.ones(2, 4), torch.full((3, 2), torch.nan)),
+    }
+    save_peft(PeftAdapter(factors, 2, 2.0, 0.0, False, list(factors)), tmp_path / "adapter")
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if " x " in line}
+    assert lines["fine"].endswith("|update| 6.928e+00")  # 2 in each of 12 elements
+    assert lines["zero"].endswith("ALL ZERO") and lines["broken"].endswith("NOT FINITE")
