@@ -24,9 +24,7 @@ DESCRIPTION = "lora.json"
 
 def describe_step(path: str, job_config, base: str | None) -> None:
     """Writes the description into a step folder that is about to be written."""
-    lora = {
-        field.name: value for field in fields(LoRAConfig) if (value := getattr(job_config.lora, field.name)) is not None
-    }
+    lora = {field.name: getattr(job_config.lora, field.name) for field in fields(LoRAConfig)}
     described = {"model": job_config.model.name, "flavor": job_config.model.flavor, "base": base or "", "lora": lora}
     Path(path).mkdir(parents=True, exist_ok=True)
     (Path(path) / DESCRIPTION).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
