@@ -38,16 +38,22 @@ def test_tensor_parallel_losses_from_a_toml_file_are_those_of_one_rank_and_of_th
         "--run=one=",
         "--run=tp2=--parallelism.tensor_parallel_degree=2",
         "--run=tp2 x fsdp2=--parallelism.tensor_parallel_degree=2",
+        "--run=cp2 x tp2=--parallelism.tensor_parallel_degree=2 --parallelism.context_parallel_degree=2",
+        "--run=pp2 x tp2 x fsdp2=--parallelism.tensor_parallel_degree=2 --parallelism.pipeline_parallel_degree=2 "
+        "--parallelism.pipeline_parallel_microbatch_size=2",
         "--ranks=tp2=2",
         "--ranks=tp2 x fsdp2=4",
+        "--ranks=cp2 x tp2=4",
+        "--ranks=pp2 x tp2 x fsdp2=8",
         "--rtol=1e-4",
         f"--import-result={REFERENCE}",
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "tp2 against one: ok" in result.stdout and "tp2 x fsdp2 against one: ok" in result.stdout
+    layouts = ["tp2", "tp2 x fsdp2", "cp2 x tp2", "pp2 x tp2 x fsdp2"]
+    assert all(f"{layout} against one: ok" in result.stdout for layout in layouts)
     assert f"one against {REFERENCE}: ok" in result.stdout
     lines = (tmp_path / "losses.csv").read_text().splitlines()
-    assert lines[0] == "step,one,tp2,tp2 x fsdp2" and len(lines) == 21
+    assert lines[0] == ",".join(["step", "one", *layouts]) and len(lines) == 21
     assert (tmp_path / "losses.png").stat().st_size > 10_000
 
 
