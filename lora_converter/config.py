@@ -57,4 +57,9 @@ class LoRAConfig:
     @property
     def scaling(self) -> float:
         """Factor of the update B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling(self.rank, self.alpha, self.use_rslora)
+
+
+def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lora_converter.hf_folder import weight_shapes
 from lora_converter.peft import PeftAdapter
 
 
@@ -27,38 +28,23 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
         f"base: {adapter.base_model or 'not recorded'}",
         "",
     ]
-    weights = _weight_files(Path(base)) if base else {}
+    weights = weight_shapes(Path(base)) if base else {}
     for module, (a, b) in adapter.factors.items():
-        lines.append(f"{module}  {b.shape[0]} x {a.shape[1]}  |update| {_delta(adapter, module).norm():.3e}"
-                     f"{_relative(adapter, module, weights) if base else ''}{_flag(a, b)}")  # fmt: skip
+        update = adapter.delta_weight(module).norm()
+        beside = f"  {100 * update / _norm(weights, module):.3g} % of |weight|" if base else ""
+        lines.append(f"{module}  {b.shape[0]} x {a.shape[1]}  |update| {update:.3e}{beside}{_flag(a, b)}")
     return "\n".join(lines)
 
 
-def _delta(adapter: PeftAdapter, module: str) -> torch.Tensor:
-    a, b = adapter.factors[module]
-    return adapter.scaling * (b.float() @ a.float())
-
-
-def _relative(adapter: PeftAdapter, module: str, weights: dict[str, Path]) -> str:
+def _norm(weights: dict[str, tuple[Path, list[int]]], module: str) -> torch.Tensor:
     key = f"{module}.weight"
     if key not in weights:
         raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
-    with safe_open(weights[key], framework="pt") as file:
-        weight = file.get_tensor(key).float()
-    return f"  {100 * _delta(adapter, module).norm() / weight.norm():.3g} % of |weight|"
+    with safe_open(weights[key][0], framework="pt") as file:
+        return file.get_tensor(key).float().norm()
 
 
 def _flag(a: torch.Tensor, b: torch.Tensor) -> str:
     if not (a.isfinite().all() and b.isfinite().all()):
         return "  NOT FINITE"
     return "" if a.any() and b.any() else "  ALL ZERO"
-
-
-def _weight_files(base: Path) -> dict[str, Path]:
-    files = {}
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            files.update(dict.fromkeys(file.keys(), path))
-    if not files:
-        raise ValueError(f"{base} holds no .safetensors file. Name the Hugging Face directory of the base.")
-    return files

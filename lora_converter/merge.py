@@ -7,15 +7,15 @@ names fit will do. Configuration and tokenizer files are copied. The output appe
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lora_converter.hf_folder import appears_complete, weight_shapes
 from lora_converter.peft import PeftAdapter, load_peft
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -44,52 +44,35 @@ def merge_directories(
         raise FileExistsError(f"{output} exists already. Remove it, or name another directory for the merged model.")
     peft = load_peft(adapter)
     shards = _plan(base, peft, adapter)
-    draft = output.with_name(output.name + ".incomplete")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with appears_complete(output) as draft:
         for shard in tqdm(shards, desc="merging", unit="shard"):
             _merge_shard(shard, draft / shard.name, peft, dtype)
         _copy_the_rest(base, draft, dtype)
-        os.rename(draft, output)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return len(peft.factors)
 
 
 def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
     """The base's shards, once the adapter is known to fit them."""
-    shards = sorted(base.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"{base} holds no .safetensors file. Name the Hugging Face directory of the base.")
-    shapes: dict[str, list[int]] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                shapes.update({key: file.get_slice(key).get_shape() for key in file.keys()})  # noqa: SIM118
-        except SafetensorError as e:
-            raise ValueError(f"{shard} is damaged or no safetensors file ({e}).") from None
+    weights = weight_shapes(base)
     problems = []
     for module, (a, b) in peft.factors.items():
-        there, here = shapes.get(f"{module}.weight"), [b.shape[0], a.shape[1]]
-        if there is None:
-            problems.append(f"{module}.weight is not in the base")
-        elif there != here:
-            problems.append(f"{module}.weight is {tuple(there)} in the base and {tuple(here)} in the adapter")
+        key, here = f"{module}.weight", [b.shape[0], a.shape[1]]
+        if key not in weights:
+            problems.append(f"{key} is not in the base")
+        elif weights[key][1] != here:
+            problems.append(f"{key} is {tuple(weights[key][1])} in the base and {tuple(here)} in the adapter")
     if problems:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base}: {'; '.join(problems)}.")
-    return shards
+    return sorted({path for path, _ in weights.values()})
 
 
 def _merge_shard(source: Path, target: Path, peft: PeftAdapter, dtype: torch.dtype | None) -> None:
     tensors = {}
     with safe_open(source, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
-            weight = file.get_tensor(key)
-            if factors := peft.factors.get(key.removesuffix(".weight")):
-                a, b = (factor.float() for factor in factors)
-                weight = (weight.float() + peft.scaling * (b @ a)).to(dtype or weight.dtype)
+            weight, module = file.get_tensor(key), key.removesuffix(".weight")
+            if module in peft.factors:
+                weight = (weight.float() + peft.delta_weight(module)).to(dtype or weight.dtype)
             elif dtype is not None and weight.is_floating_point():
                 weight = weight.to(dtype)
             tensors[key] = weight

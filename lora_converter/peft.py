@@ -10,10 +10,7 @@ modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
 
 import json
 import logging
-import math
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from lora_converter.config import scaling
+from lora_converter.hf_folder import appears_complete
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -66,7 +66,12 @@ class PeftAdapter:
     @property
     def scaling(self) -> float:
         """Factor of B A."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return scaling(self.rank, self.alpha, self.use_rslora)
+
+    def delta_weight(self, module: str) -> torch.Tensor:
+        """The update of a module's weight, (out_features, in_features), fp32."""
+        a, b = self.factors[module]
+        return self.scaling * (b.float() @ a.float())
 
 
 def is_peft_directory(path: str | Path) -> bool:
@@ -91,23 +96,14 @@ def save_peft(
     if occupied and not (replace and is_peft_directory(folder)):
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
     _check_factors(adapter, str(folder))
-    draft = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        tensors = {
-            f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype).contiguous()
-            for module, factors in sorted(adapter.factors.items())
-            for letter, factor in zip("AB", factors, strict=True)
-        }
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype).contiguous()
+        for module, factors in sorted(adapter.factors.items())
+        for letter, factor in zip("AB", factors, strict=True)
+    }
+    with appears_complete(folder) as draft:
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / CONFIG_FILE).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def load_peft(folder: str | Path) -> PeftAdapter:
