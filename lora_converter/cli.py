@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
-from lora_converter.inspect import describe_adapter
+from lora_converter.inspect import describe_adapter, describe_model
 from lora_converter.merge import merge_directories
 from lora_converter.peft import PeftAdapter, is_peft_directory, load_peft, save_peft
 
@@ -41,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the adapter (default: float32)")
     export.set_defaults(run=_export)
 
-    inspect = commands.add_parser("inspect", help="what an adapter holds")
-    inspect.add_argument("path", help="PEFT directory or step folder of a LoRA run")
+    inspect = commands.add_parser("inspect", help="what an adapter or a merged model holds")
+    inspect.add_argument("path", help="PEFT directory, step folder of a LoRA run, or merged directory")
     inspect.add_argument("--base", help="Hugging Face directory of the base: shows the size of each update beside it")
     inspect.set_defaults(run=_inspect)
     return parser
@@ -60,8 +61,11 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _inspect(options: argparse.Namespace) -> str:
-    adapter = load_peft(options.path) if is_peft_directory(options.path) else _read_step(options.path)
-    return describe_adapter(adapter, base=options.base)
+    if is_peft_directory(options.path):
+        return describe_adapter(load_peft(options.path), base=options.base)
+    if any(Path(options.path).glob("*.safetensors")):
+        return describe_model(options.path, base=options.base)
+    return describe_adapter(_read_step(options.path), base=options.base)
 
 
 def _read_step(path: str, *, base: str = "") -> PeftAdapter:

@@ -1,12 +1,16 @@
-"""What an adapter holds, in words and numbers: the text of `lora-converter inspect`."""
+"""What an adapter or a merged model holds, in words and numbers: the text of `lora-converter inspect`."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from lora_converter.hf_folder import weight_shapes
+from lora_converter.merge import read_merge_record
 from lora_converter.peft import PeftAdapter
+
+Weights = dict[str, tuple[Path, list[int]]]
 
 
 def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) -> str:
@@ -29,22 +33,61 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
         "",
     ]
     weights = weight_shapes(Path(base)) if base else {}
-    for module, (a, b) in adapter.factors.items():
-        update = adapter.delta_weight(module).norm()
-        beside = f"  {100 * update / _norm(weights, module):.3g} % of |weight|" if base else ""
-        lines.append(f"{module}  {b.shape[0]} x {a.shape[1]}  |update| {update:.3e}{beside}{_flag(a, b)}")
+    for module, factors in adapter.factors.items():
+        weight = _read(weights, f"{module}.weight") if base else None
+        lines.append(f"{module}  {_update(adapter.delta_weight(module), weight)}{_flag(factors)}")
     return "\n".join(lines)
 
 
-def _norm(weights: dict[str, tuple[Path, list[int]]], module: str) -> torch.Tensor:
-    key = f"{module}.weight"
+def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str:
+    """Sizes and the record of the merge of a Hugging Face directory, and what stands out in its weights.
+
+    Args:
+        base: Hugging Face directory; with it one line per weight that differs from the base's. One shard of each is in
+            memory at a time, tensor by tensor.
+
+    Raises:
+        ValueError: The folder or the base holds no safetensors, or the base lacks a weight.
+    """
+    folder = Path(folder)
+    weights, record = weight_shapes(folder), read_merge_record(folder)
+    of_base = weight_shapes(Path(base)) if base else {}
+    parameters, size, equal, lines = 0, 0, 0, []
+    for key in weights:
+        weight = _read(weights, key)
+        parameters, size = parameters + weight.numel(), size + weight.nbytes
+        flag = _flag([weight])
+        update = weight.float() - _read(of_base, key).float() if base else None
+        if update is not None and (flag or update.any()):
+            lines.append(f"{key}  {_update(update, _read(of_base, key))}{flag}")
+        elif flag:
+            lines.append(f"{key}  {' x '.join(map(str, weight.shape))}{flag}")
+        equal += update is not None and not update.any()
+    settings = "rank {rank}, alpha {alpha:g}, scaling {scaling:g}\ntargets: {targets}\nadapter: {adapter}\nbase: {base}"
+    head = [
+        settings.format(**record) if record else "no record of a merge",
+        f"{len(weights)} weights, {parameters:,} parameters, {size:,} bytes",
+        *([f"{equal} weights equal the base's"] if base else []),
+        "",
+    ]
+    return "\n".join([*head, *lines])
+
+
+def _update(update: torch.Tensor, weight: torch.Tensor | None) -> str:
+    norm = update.norm()
+    beside = "" if weight is None else f"  {100 * norm / weight.float().norm():.3g} % of |weight|"
+    return f"{' x '.join(map(str, update.shape))}  |update| {norm:.3e}{beside}"
+
+
+def _read(weights: Weights, key: str) -> torch.Tensor:
     if key not in weights:
         raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
     with safe_open(weights[key][0], framework="pt") as file:
-        return file.get_tensor(key).float().norm()
+        return file.get_tensor(key)
 
 
-def _flag(a: torch.Tensor, b: torch.Tensor) -> str:
-    if not (a.isfinite().all() and b.isfinite().all()):
+def _flag(tensors: Iterable[torch.Tensor]) -> str:
+    tensors = list(tensors)
+    if not all(tensor.isfinite().all() for tensor in tensors):
         return "  NOT FINITE"
-    return "" if a.any() and b.any() else "  ALL ZERO"
+    return "" if all(tensor.any() for tensor in tensors) else "  ALL ZERO"

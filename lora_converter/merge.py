@@ -2,22 +2,29 @@
 
 Plan, validate, apply: every key and shape of the adapter is looked up in the base's headers before a byte is written.
 Then one shard of the base after the other is read, updated and written, W + s · B A in fp32 and rounded once to the
-shard's own dtype, so that memory holds about one shard. Names are those of the files: any architecture that PEFT's
-names fit will do. Configuration and tokenizer files are copied. The output appears when it is complete.
+weight's own dtype, some rows at a time, so that memory holds the adapter and less than a shard. Names are those of the
+files: any architecture that PEFT's names fit will do. Configuration and tokenizer files are copied. The output appears
+when it is complete.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lora_converter.hf_folder import appears_complete, weight_shapes
+from lora_converter.hf_folder import appears_complete, read_header, weight_shapes, write_header
 from lora_converter.peft import PeftAdapter, load_peft
 
+RECORD_FILE = "lora_merge.json"
+"""Beside the merged weights, which do not tell what was merged into them."""
+
+_RECORD = {"adapter": str, "base": str, "rank": int, "alpha": float, "scaling": float, "targets": str}
+_ELEMENTS_AT_A_TIME = 2**24
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -48,7 +55,32 @@ def merge_directories(
         for shard in tqdm(shards, desc="merging", unit="shard"):
             _merge_shard(shard, draft / shard.name, peft, dtype)
         _copy_the_rest(base, draft, dtype)
+        record = {
+            "adapter": str(adapter),
+            "base": str(base),
+            "rank": peft.rank,
+            "alpha": peft.alpha,
+            "scaling": peft.scaling,
+            "targets": ", ".join(sorted(peft.target_modules)),
+        }
+        (draft / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
     return len(peft.factors)
+
+
+def read_merge_record(folder: Path) -> dict[str, Any] | None:
+    """What `merge_directories` noted of the adapter in the folder it wrote; None in any other folder.
+
+    Raises:
+        ValueError: The note is damaged.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text())
+        return {name: kind(record[name]) for name, kind in _RECORD.items()}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}). Remove it to inspect the weights without it.") from None
 
 
 def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
@@ -67,25 +99,46 @@ def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
 
 
 def _merge_shard(source: Path, target: Path, peft: PeftAdapter, dtype: torch.dtype | None) -> None:
-    tensors = {}
-    with safe_open(source, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118
-            weight, module = file.get_tensor(key), key.removesuffix(".weight")
-            if module in peft.factors:
-                weight = (weight.float() + peft.delta_weight(module)).to(dtype or weight.dtype)
-            elif dtype is not None and weight.is_floating_point():
-                weight = weight.to(dtype)
-            tensors[key] = weight
-        metadata = file.metadata()
-    save_file(tensors, target, metadata=metadata)
+    """Writes one shard in its own order, some rows at a time: memory holds those rows, not the shard."""
+    entries, metadata = read_header(source)
+    written = {name: entry.cast(dtype) if dtype and entry.is_float else entry for name, entry in entries.items()}
+    with open(target, "wb") as file:
+        write_header(file, written, metadata)
+        for name in entries:
+            for rows in _merged_rows(source, name, peft, dtype):
+                file.write(rows.contiguous().view(torch.uint8).numpy().data)
+
+
+def _merged_rows(source: Path, key: str, peft: PeftAdapter, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+    """A weight's rows with their update, W + s · B A, in fp32 and rounded once. Other tensors as they are."""
+    with safe_open(source, framework="pt") as file:  # opened for each tensor: its pages in memory go with it
+        weight = file.get_tensor(key)
+    if not weight.numel():
+        return
+    dtype = dtype if dtype and weight.is_floating_point() else weight.dtype
+    a, b = peft.factors.get(key.removesuffix(".weight"), (None, None))
+    matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
+    size = max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])
+    for start in range(0, matrix.shape[0], size):
+        rows = matrix[start : start + size]
+        if a is not None and b is not None:
+            rows = rows.float() + peft.scaling * (b[start : start + size].float() @ a.float())
+        yield rows.to(dtype)
 
 
 def _copy_the_rest(base: Path, draft: Path, dtype: torch.dtype | None) -> None:
     for path in base.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, draft / path.name)
-    config = draft / "config.json"
-    if dtype is not None and config.exists():
+    if dtype is None:
+        return
+    config, index = draft / "config.json", draft / "model.safetensors.index.json"
+    if config.exists():
         fields = json.loads(config.read_text())
         fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
         config.write_text(json.dumps(fields, indent=2) + "\n")
+    if index.exists():
+        fields = json.loads(index.read_text())
+        shards = [read_header(path)[0] for path in draft.glob("*.safetensors")]
+        fields.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in shard.values())
+        index.write_text(json.dumps(fields, indent=2) + "\n")

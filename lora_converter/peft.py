@@ -8,6 +8,7 @@ misses; here every key, shape and setting is checked on the way in and out, and 
 modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -140,6 +141,16 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     if broken:
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
+
+
+def digest(folder: str | Path) -> str:
+    """SHA-256 of a PEFT directory's two files, 12 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        with open(Path(folder) / name, "rb") as file:
+            while block := file.read(2**24):
+                sha.update(block)
+    return sha.hexdigest()[:12]
 
 
 def _config(adapter: PeftAdapter) -> dict[str, Any]:

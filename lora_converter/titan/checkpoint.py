@@ -4,12 +4,14 @@
     step-N    adapters, optimizer, scheduler, data loader and train state; no base weight
     resume    base from its source + step-N
     last step with checkpoint.last_save_in_hf, a PEFT directory instead
+    merged-N  beside it with lora.save_merged, the whole model as a Hugging Face directory
 
 A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
 
 Every load checks all keys and shapes first, on all ranks together, and names every key that does not fit.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,16 +27,23 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.apply import adapter_parameters
 from lora_converter.linear import copy_full_
-from lora_converter.peft import is_peft_directory, load_peft, save_peft
+from lora_converter.merge import merge_directories
+from lora_converter.peft import is_peft_directory, save_peft
 from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.optimizer import divide_pipeline_gradients
-from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, to_peft
+from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
+from lora_converter.titan.ranks import gather_all
 from lora_converter.titan.states import ModelSubset, OptimizerState
 from lora_converter.titan.step_folder import describe_step
 
-BASE_OPTION = "checkpoint.initial_load_path"
+BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
+
+_HINTS = {
+    BASE_OPTION: " For a Hugging Face folder set checkpoint.initial_load_in_hf = true.",
+    ADAPTER_OPTION: " It has no adapter_config.json either, so it is no PEFT directory.",
+}
 
 
 class LoRACheckpointManager(CheckpointManager):
@@ -47,6 +56,7 @@ class LoRACheckpointManager(CheckpointManager):
         self.parallel_dims, self.job_config, self.model_parts = trainer.parallel_dims, trainer.job_config, model_parts
         divide_pipeline_gradients(trainer)
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
+        self._merge: Callable[[], None] | None = None
         if not self.enable:
             return
         adapter_names = {name for part in model_parts for name in adapter_parameters(part)}
@@ -107,28 +117,39 @@ class LoRACheckpointManager(CheckpointManager):
             describe_step(checkpoint_id, self.job_config, self.base_source)
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
+    def close(self) -> None:
+        """torchtitan's, then the merged model: no rank waits for it in a collective that could time out."""
+        super().close()
+        if self._merge is not None:
+            self._merge()
+            self._merge = None
+
     def _save_last_step(self, curr_step: int) -> None:
-        if self.last_save_in_hf:
-            self._export_peft(self._create_checkpoint_id(curr_step))
-        else:
+        if not self.last_save_in_hf:
             super()._save_last_step(curr_step)
+            return
+        adapter = self._create_checkpoint_id(curr_step)
+        self._export_peft(adapter)
+        if self.settings.save_merged and dist.get_rank() == 0:
+            # Not step-N-merged: torchtitan takes any name with "step-" in it for a checkpoint of its own.
+            merged = os.path.join(self.folder, f"merged-{curr_step}")
+            self._merge = functools.partial(self._write_merged, adapter, merged)
+
+    def _write_merged(self, adapter: str, output: str) -> None:
+        assert self.base_source is not None
+        logger.info(f"LoRA: merging into {output}.")
+        merge_directories(self.base_source, adapter, output)
+        logger.info(f"LoRA: wrote the merged model to {output}.")
 
     @torch.no_grad()
     def _export_peft(self, path: str) -> None:
-        """Writes the adapters as a PEFT directory, on rank 0; what goes wrong there is raised on all ranks."""
+        """Gathers the adapters on rank 0, which writes them as a PEFT directory. The other ranks do not wait for it."""
         assert self.sd_adapter is not None
         adapters, linears = gather_adapter(self.adapters.state_dict(), self.model_parts, self.parallel_dims)
-        error: list[str | None] = [None]
         if dist.get_rank() == 0:
-            try:
-                peft = to_peft(self.sd_adapter, adapters, linears, self.settings, base_model=self.base_source or "")
-                save_peft(peft, path, dtype=self.export_dtype, replace=True)
-                logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
-            except Exception as e:
-                error = [f"The adapters could not be written to {path}: {e}"]
-        dist.broadcast_object_list(error)
-        if error[0]:
-            raise RuntimeError(error[0])
+            peft = to_peft(self.sd_adapter, adapters, linears, self.settings, base_model=self.base_source or "")
+            save_peft(peft, path, dtype=self.export_dtype, replace=True)
+            logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
 
     def _find_base_source(self) -> str | None:
         if self.initial_load_in_hf and self.sd_adapter is None:
@@ -163,9 +184,9 @@ class LoRACheckpointManager(CheckpointManager):
         """Checks another run's adapters against the model; what it returns loads them."""
         if is_peft_directory(path):
             return self._check_peft(path)
-        reader = _dcp_reader(path, "lora.initial_adapter_path")
+        reader = _dcp_reader(path, ADAPTER_OPTION)
         state_dict = self.adapters.state_dict()
-        _check_fits(state_dict, reader.read_metadata(), f"lora.initial_adapter_path: {path}")
+        _check_fits(state_dict, reader.read_metadata(), f"{ADAPTER_OPTION}: {path}")
 
         def load() -> None:
             logger.info(f"LoRA: starting from the adapters in {path}.")
@@ -178,12 +199,11 @@ class LoRACheckpointManager(CheckpointManager):
         """Checks a PEFT directory against the model; what it returns loads it."""
         assert self.sd_adapter is not None
         _, linears = gather_adapter({}, self.model_parts, self.parallel_dims)
-        names: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(names, adapted_fqns(self.adapters.state_dict()))
         shared = [linears]
         dist.broadcast_object_list(shared)
-        adapted = sorted({fqn for part in names for fqn in part})
-        state_dict = from_peft(self.sd_adapter, load_peft(path), shared[0], adapted=adapted, what=path)
+        adapted = _union_over_ranks(adapted_fqns(self.adapters.state_dict()))
+        peft = load_peft_everywhere(path)
+        state_dict = from_peft(self.sd_adapter, peft, shared[0], adapted=adapted, what=path)
 
         def load() -> None:
             logger.info(f"LoRA: starting from the PEFT adapter in {path}.")
@@ -249,7 +269,7 @@ def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, 
 
 def _dcp_reader(path: str, option: str) -> FileSystemReader:
     if not os.path.isfile(os.path.join(path, ".metadata")):
-        hint = " For a Hugging Face folder set checkpoint.initial_load_in_hf = true." if option == BASE_OPTION else ""
+        hint = _HINTS.get(option, "")
         raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
     return FileSystemReader(path)
 
@@ -272,8 +292,4 @@ def _check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:
 
 def _union_over_ranks(names: list[str]) -> list[str]:
     """Names found on any rank: pipeline stages see different keys, and all ranks must raise or none."""
-    if not dist.is_initialized():
-        return names
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return list(dict.fromkeys(name for part in gathered for name in part))
+    return list(dict.fromkeys(name for part in gather_all(names) for name in part))

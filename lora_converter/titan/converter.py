@@ -10,7 +10,7 @@ import torch.nn as nn
 from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
-from torchtitan.protocols import model_converter
+from torchtitan.protocols import BaseStateDictAdapter, model_converter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
@@ -18,11 +18,12 @@ from lora_converter.apply import ParameterCount, apply_lora, count_parameters, f
 from lora_converter.config import LoRAConfig
 from lora_converter.gradients import mark_partial_gradients
 from lora_converter.linear import subclass_with
-from lora_converter.peft import is_peft_directory, load_peft
+from lora_converter.peft import is_peft_directory
 from lora_converter.titan import checkpoint, optimizer
 from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_settings
-from lora_converter.titan.peft_bridge import linear_shapes, settings_of_peft
+from lora_converter.titan.peft_bridge import check_exportable, linear_shapes, load_peft_everywhere, settings_of_peft
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
+from lora_converter.titan.ranks import agreed, together
 
 NAME = "lora"
 
@@ -59,7 +60,7 @@ class LoRAConverter:
         if not hasattr(job_config, "lora"):
             raise ValueError(MISSING_CONFIG_MODULE)
         check_converter_order(job_config.model.converters)
-        check_settings(job_config)
+        together(lambda: check_settings(job_config))
         warn_of_wrong_router_gradients(parallel_dims)
         self.job_config, self.parallel_dims = job_config, parallel_dims
         self.config: LoRA = job_config.lora
@@ -72,9 +73,13 @@ class LoRAConverter:
     def convert(self, model: nn.Module) -> None:
         """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
         try:
-            if self.config.initial_adapter_path and is_peft_directory(self.config.initial_adapter_path):
+            path = self.config.initial_adapter_path
+            if path and agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
                 self.config = self.job_config.lora = self._settings_of_peft(model)
-            apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
+            adapted = apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
+            if self.job_config.checkpoint.enable and self.job_config.checkpoint.last_save_in_hf:
+                fqns = [linear.lora_fqn for linear in adapted]
+                check_exportable(self._state_dict_adapter(model), linear_shapes(model), fqns)
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, self.job_config, self.parallel_dims)
@@ -84,11 +89,15 @@ class LoRAConverter:
         logger.info(describe(count_parameters(model), self.config))
 
     def _settings_of_peft(self, model: nn.Module) -> LoRA:
-        spec = get_train_spec(self.job_config.model.name)
-        if spec.state_dict_adapter is None:
+        adapter = self._state_dict_adapter(model)
+        if adapter is None:
             raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
-        adapter = spec.state_dict_adapter(model.model_args, None)  # type: ignore[arg-type]
-        return settings_of_peft(self.config, load_peft(self.config.initial_adapter_path), adapter, linear_shapes(model))
+        peft = load_peft_everywhere(self.config.initial_adapter_path)
+        return settings_of_peft(self.config, peft, adapter, linear_shapes(model))
+
+    def _state_dict_adapter(self, model: nn.Module) -> BaseStateDictAdapter | None:
+        spec = get_train_spec(self.job_config.model.name)
+        return spec.state_dict_adapter and spec.state_dict_adapter(model.model_args, None)  # type: ignore[arg-type]
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do after a step."""

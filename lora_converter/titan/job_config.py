@@ -33,6 +33,12 @@ class LoRA(LoRAConfig):
     checkpoint folder.
     """
 
+    save_merged: bool = False
+    """
+    At the end also write base + adapter as a Hugging Face directory, checkpoint/merged-N beside the PEFT directory
+    step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
+    """
+
     def __post_init__(self) -> None:
         if self.exclude_modules == [""]:  # what `--lora.exclude_modules ""` gives: torchtitan splits at commas
             self.exclude_modules = []
@@ -79,7 +85,9 @@ def check_settings(job_config) -> None:
         option = "checkpoint.initial_load_path" if config.initial_load_path else "model.hf_assets_path"
         raise ValueError(f"{option} = {path!r}: there is no such folder. Name the folder of the pretrained base.")
     if adapter and not os.path.isdir(adapter):
-        raise ValueError(f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder.")
+        raise ValueError(
+            f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder or a PEFT directory."
+        )
     if path and not config.initial_load_model_only:
         raise ValueError(
             "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
@@ -95,6 +103,16 @@ def check_settings(job_config) -> None:
         raise ValueError(
             f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "
             f"are {', '.join(PARTS)}."
+        )
+    if job_config.lora.save_merged and not (config.last_save_in_hf and config.initial_load_in_hf):
+        raise ValueError(
+            "lora.save_merged = true merges the last step's PEFT directory into a Hugging Face base: set "
+            "checkpoint.last_save_in_hf = true and checkpoint.initial_load_in_hf = true."
+        )
+    if job_config.lora.save_merged and config.initial_load_in_hf_quantized:
+        raise ValueError(
+            "lora.save_merged = true with checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be "
+            "merged into. Leave save_merged at false and merge into an unquantized copy with `lora-converter merge`."
         )
     if config.last_save_in_hf and not path:
         raise ValueError(

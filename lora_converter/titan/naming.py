@@ -63,10 +63,20 @@ def hf_name(adapter: BaseStateDictAdapter, fqn: str, *, out_features: int, in_fe
     Raises:
         ValueError: There is none, or several.
     """
+    names = hf_names(adapter, fqn, out_features=out_features, in_features=in_features)
+    if len(names) != 1:
+        raise ValueError(f"{fqn}.weight: {type(adapter).__name__} splits it into {', '.join(names)}.")
+    return names[0]
+
+
+def hf_names(adapter: BaseStateDictAdapter, fqn: str, *, out_features: int, in_features: int) -> list[str]:
+    """Names of the Hugging Face linears that hold a torchtitan linear's weight, without a look at its rows.
+
+    Raises:
+        ValueError: There is none.
+    """
     converted = _convert(adapter, f"{fqn}.weight", torch.empty(out_features, in_features, device="meta"))
-    if len(converted) != 1:
-        raise ValueError(f"{fqn}.weight: {type(adapter).__name__} splits it into {', '.join(converted)}.")
-    return next(iter(converted)).removesuffix(".weight")
+    return [name.removesuffix(".weight") for name in converted]
 
 
 def _ask(adapter: BaseStateDictAdapter, key: str, numbers: torch.Tensor) -> dict[str, torch.Tensor] | None:

@@ -6,6 +6,7 @@
 Names, row orders and splits are the StateDictAdapter's (`naming.py`).
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,9 +20,12 @@ from torchtitan.protocols import BaseStateDictAdapter
 
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRAFactor
-from lora_converter.peft import PeftAdapter
+from lora_converter.peft import PeftAdapter, digest, load_peft
 from lora_converter.titan.job_config import LoRA
-from lora_converter.titan.naming import hf_linears, hf_name
+from lora_converter.titan.naming import hf_linears, hf_name, hf_names
+from lora_converter.titan.ranks import agreed, together
+
+_NUMBERED = re.compile(r"\.\d+\.")
 
 LinearShapes = dict[str, tuple[int, int]]
 """FQN of a linear -> (out_features, in_features)."""
@@ -64,6 +68,28 @@ def to_peft(
     )
 
 
+def check_exportable(adapter: BaseStateDictAdapter | None, linears: LinearShapes, adapted: Iterable[str]) -> None:
+    """Finds out before the training what would otherwise fail after it.
+
+    Raises:
+        ValueError: An adapted linear has no name in Hugging Face's terms; all such are named.
+    """
+    if adapter is None:
+        raise ValueError("checkpoint.last_save_in_hf: the model has no StateDictAdapter to name PEFT's modules by.")
+    nameless = []
+    for fqn in adapted:
+        try:
+            hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
+        except ValueError:
+            nameless.append(fqn)
+    if nameless:
+        raise ValueError(
+            f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {len(nameless)} "
+            f"adapted linears: {', '.join(nameless)}. Name them in lora.exclude_modules, or leave last_save_in_hf at "
+            "false."
+        )
+
+
 def from_peft(
     adapter: BaseStateDictAdapter, peft: PeftAdapter, linears: LinearShapes, *, adapted: Iterable[str], what: str
 ) -> dict[str, torch.Tensor]:
@@ -98,6 +124,17 @@ def from_peft(
     if problems:
         raise ValueError(f"{what} does not fit the model. {' '.join(problems)} Check lora.target_modules.")
     return state_dict
+
+
+def load_peft_everywhere(path: str) -> PeftAdapter:
+    """`load_peft` on every rank, of one and the same adapter.
+
+    Raises:
+        ValueError: On all ranks, if one cannot read its folder, or if they hold different adapters.
+    """
+    peft, found = together(lambda: (load_peft(path), digest(path)))
+    agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
+    return peft
 
 
 def settings_of_peft(settings: LoRA, peft: PeftAdapter, adapter: BaseStateDictAdapter, linears: LinearShapes) -> LoRA:
@@ -182,7 +219,13 @@ def _hf_names(adapter: BaseStateDictAdapter, linears: LinearShapes) -> set[str]:
 
 
 def _shortest_targets(adapted: set[str], everything: set[str]) -> list[str]:
-    """PEFT's `target_modules`: last parts of names where they mean exactly the adapted linears, else whole names."""
+    """PEFT's `target_modules`: last parts of names where they mean exactly the adapted linears, else whole names.
+
+    A decoder that is not at `model.layers` is one part of a larger model (`language_model.model.layers` of Llama 4),
+    whose other parts, unknown here, may have linears of the same names: then whole names too.
+    """
+    if any(_NUMBERED.search(name) and not name.startswith("model.layers.") for name in everything):
+        return sorted(adapted)
     targets: set[str] = set()
     for name in adapted:
         last = name.rpartition(".")[2]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from harness import build, finish
 from launch import main
 from parity import (
@@ -22,6 +23,8 @@ from parity import (
     row,
     whole_adapter,
 )
+
+from lora_converter.peft import PeftAdapter, save_peft
 
 HALF = STEPS // 2
 
@@ -54,6 +57,7 @@ def export(layout: str, bases: Path) -> None:
     run = build(folder / "run", *base_options("llama3", bases), *EXPORTED_FROM[layout].layout, trained)
     run.trainer.checkpointer.load()
     run.trainer.checkpointer._export_peft(str(folder / "peft"))
+    dist.barrier()  # only rank 0 writes, and nobody waits for it
     expected = whole_adapter(run)
     run.trainer.close()
 
@@ -64,6 +68,24 @@ def export(layout: str, bases: Path) -> None:
     assert imported.keys() == expected.keys()
     assert all(torch.equal(imported[name], value) for name, value in expected.items())
     run.trainer.close()
+
+
+def disagree(bases: Path) -> None:
+    """Ranks that are given different adapters, or one of them none, all raise the same before anything is built."""
+    folder = bases / "exported" / "disagree"
+    rank = dist.get_rank()
+    factors = {"model.layers.0.self_attn.v_proj": (torch.ones(4, 64), torch.full((32, 4), float(rank)))}
+    save_peft(PeftAdapter(factors, 4, 32.0, 0.0, False, ["v_proj"]), folder / f"rank{rank}", replace=True)
+    options = [*base_options("llama3", bases), *FSDP2]
+    found = []
+    for path in (folder / f"rank{rank}", folder / ("rank0" if rank == 0 else "nowhere")):
+        try:
+            build(folder / "run", *options, f"--lora.initial_adapter_path={path}")
+        except ValueError as error:
+            found.append(str(error))
+    assert len(found) == 2, found
+    assert "differs between ranks: " in found[0] and "on rank 0; " in found[0], found
+    assert found[1].startswith("Rank 1 of 2: lora.initial_adapter_path = ") and "no such folder" in found[1], found
 
 
 def checks(bases: Path, ranks: int) -> dict[str, Any]:
@@ -80,6 +102,8 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
     for layout, needs in EXPORTED_FROM.items():
         if needs.ranks == ranks:
             found[f"export on {layout}"] = lambda _, layout=layout: export(layout, bases)
+    if ranks == 2:
+        found["ranks that disagree"] = lambda _: disagree(bases)
     return found
 
 

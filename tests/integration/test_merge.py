@@ -7,10 +7,11 @@ import pytest
 import torch
 from hf_models import HF_MODELS
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_converter.cli import main
+from lora_converter.peft import load_peft
 
 TOKENS = torch.randint(0, 320, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +54,7 @@ def test_the_merged_model_is_base_plus_adapter_and_pefts_own_merge(folders: Path
 def test_shards_index_and_other_files_are_the_bases(folders: Path) -> None:
     output = merge(folders)
     names = {path.name for path in (folders / "base").iterdir()}
-    assert {path.name for path in output.iterdir()} == names and len(names) > 5
+    assert {path.name for path in output.iterdir()} == {*names, "lora_merge.json"} and len(names) > 5
     assert (output / "tokenizer_config.json").read_text() == "{}"
     index = "model.safetensors.index.json"
     assert (output / index).read_bytes() == (folders / "base" / index).read_bytes()
@@ -83,6 +84,37 @@ def test_dtype_is_written_to_weights_and_config(folders: Path) -> None:
     config = json.loads((output / "config.json").read_text())
     assert "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
     assert AutoModelForCausalLM.from_pretrained(output).dtype == torch.bfloat16
+
+
+def test_inspect_tells_what_was_merged_and_which_weights_moved(folders: Path, capsys) -> None:
+    output = merge(folders)
+    shards = [load_file(path) for path in output.glob("*.safetensors")]
+    total = sum(len(shard) for shard in shards)
+    moved = len(load_peft(folders / "adapter").factors)
+    capsys.readouterr()
+    assert main(["inspect", str(output), "--base", str(folders / "base")]) == 0
+    shown = capsys.readouterr().out.replace(str(folders), "F")
+    assert shown.startswith(
+        "rank 5, alpha 7, scaling 3.1305\ntargets: down_proj, k_proj, lm_head, q_proj\n"
+        "adapter: F/adapter\nbase: F/base\n"
+    )
+    assert f"\n{total} weights, " in shown and f"\n{total - moved} weights equal the base's\n" in shown
+    assert shown.count("% of |weight|") == moved
+    assert main(["inspect", str(folders / "adapter"), "--base", str(folders / "base")]) == 0
+    of_adapter = {line.split("  ")[0]: line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[5:]}
+    of_merged = {line.split("  ")[0]: line.split("  ")[-1] for line in shown.splitlines() if "% of" in line}
+    assert {name.removesuffix(".weight"): beside for name, beside in of_merged.items()} == of_adapter
+
+
+def test_inspect_flags_weights_that_are_not_finite(folders: Path, capsys) -> None:
+    path = next((folders / "base").glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name].fill_(torch.nan)}, path, metadata={"format": "pt"})
+    assert main(["inspect", str(folders / "base")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("no record of a merge\n") and shown.count("NOT FINITE") == 1
+    assert shown.splitlines()[-1].startswith(f"{name}  ")
 
 
 def refused(folders: Path, capsys: pytest.CaptureFixture[str], **other: Path) -> str:

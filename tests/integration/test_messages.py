@@ -103,7 +103,8 @@ def test_a_value_out_of_range_in_the_toml_file_is_refused(tmp_path: Path) -> Non
         ),
         (
             ["--lora.initial_adapter_path=/nowhere/adapter"],
-            "lora.initial_adapter_path = '/nowhere/adapter': there is no such folder. Name a step folder.",
+            "lora.initial_adapter_path = '/nowhere/adapter': there is no such folder. Name a step folder "
+            "or a PEFT directory.",
         ),
         (
             ["--checkpoint.initial_load_path=/", "--checkpoint.no-enable"],
@@ -134,6 +135,23 @@ def test_a_value_out_of_range_in_the_toml_file_is_refused(tmp_path: Path) -> Non
             ["--checkpoint.last_save_in_hf", "--checkpoint.initial_load_path=/"],
             "checkpoint.last_save_in_hf = true makes the last step a PEFT directory, which cannot hold the optimizer: "
             "set checkpoint.last_save_model_only = true.",
+        ),
+        (
+            ["--lora.save_merged", "--checkpoint.initial_load_path=/"],
+            "lora.save_merged = true merges the last step's PEFT directory into a Hugging Face base: set "
+            "checkpoint.last_save_in_hf = true and checkpoint.initial_load_in_hf = true.",
+        ),
+        (
+            [
+                "--lora.save_merged",
+                "--checkpoint.initial_load_path=/",
+                "--checkpoint.initial_load_in_hf",
+                "--checkpoint.initial_load_in_hf_quantized",
+                "--checkpoint.last_save_in_hf",
+                "--checkpoint.last_save_model_only",
+            ],
+            "lora.save_merged = true with checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be "
+            "merged into. Leave save_merged at false and merge into an unquantized copy with `lora-converter merge`.",
         ),
     ],
 )

@@ -1,13 +1,19 @@
 """Adapters out to PEFT and in from PEFT, against PEFT itself on transformers' own models."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from harness import Run, build, train
-from hf_models import HF_MODELS, save_hf
+from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import flex_attention
+from torchtitan.models.attention import FlexAttentionWrapper
+from transformers import PreTrainedModel
 
 from lora_converter.cli import main
 from lora_converter.peft import PeftAdapter, save_peft
@@ -35,6 +41,16 @@ def export(folder: Path, job: tuple[str, list[str]], *options: str) -> tuple[Run
     return run, folder / "checkpoint" / "step-3"
 
 
+def peft_twin(model: PreTrainedModel, targets: Sequence[str] | str) -> PeftModel:
+    """`model` with an adapter by PEFT that does something."""
+    twin = get_peft_model(model, LoraConfig(r=5, lora_alpha=7, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return twin.eval()
+
+
 def test_an_exported_adapter_gives_peft_the_logits_of_the_trained_model(job, tmp_path: Path) -> None:
     run, path = export(tmp_path / "run", job, "--lora.use_rslora")
     base = HF_MODELS[job[0]].make()
@@ -50,20 +66,57 @@ def test_an_exported_adapter_gives_peft_the_logits_of_the_trained_model(job, tmp
 
 
 def test_an_adapter_that_peft_made_gives_its_logits_here(job, tmp_path: Path) -> None:
-    twin = get_peft_model(
-        HF_MODELS[job[0]].make(), LoraConfig(r=5, lora_alpha=7, target_modules=HF_MODELS[job[0]].targets)
-    )
+    twin = peft_twin(HF_MODELS[job[0]].make(), HF_MODELS[job[0]].targets)
     with torch.no_grad():
-        for name, parameter in twin.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-        expected = twin.eval()(input_ids=TOKENS).logits
+        expected = twin(input_ids=TOKENS).logits
     twin.save_pretrained(tmp_path / "peft")
     run = build(tmp_path / "run", *job[1], f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
     run.trainer.checkpointer.load()
     assert (run.trainer.checkpointer.settings.rank, run.trainer.checkpointer.settings.alpha) == (5, 7.0)
     torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=HF_MODELS[job[0]].atol)
     run.trainer.close()
+
+
+def test_gpt_oss_takes_an_adapter_of_pefts_and_gives_it_back(tmp_path: Path) -> None:
+    """Forwards alone: FlexAttention has no CPU backward, and uncompiled it returns what the sinks need."""
+    base = tiny_gpt_oss()
+    path = save_gpt_oss(base, tmp_path / "base")
+    twin = peft_twin(base, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    twin.save_pretrained(tmp_path / "peft")
+    options = ["--model.name=gpt_oss", "--model.flavor=hf_tiny", "--lora.rank=16", "--checkpoint.initial_load_in_hf"]
+    start = [f"--checkpoint.initial_load_path={path}", f"--lora.initial_adapter_path={tmp_path}/peft"]
+    run = build(tmp_path / "run", *options, *start)
+    model = run.trainer.model_parts[0].float().eval()
+    run.trainer.checkpointer.load()
+    masks = model.get_attention_masks(input_batch=TOKENS, tokenizer=run.trainer.tokenizer)
+    with torch.no_grad(), mock.patch.object(FlexAttentionWrapper, "_compiled_flex_attn", flex_attention):
+        actual = model(TOKENS, attention_masks=masks)
+        expected = twin(input_ids=TOKENS).logits
+        with twin.disable_adapter():
+            assert (expected - twin(input_ids=TOKENS).logits).abs().max() > 1e-2
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    run.trainer.checkpointer._export_peft(str(tmp_path / "again"))
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    run.trainer.close()
+
+
+def test_a_linear_without_a_hugging_face_name_is_refused_before_the_training(tmp_path: Path) -> None:
+    """Llama 4's dense layers: torchtitan's adapter knows the experts' layers alone."""
+    hf = ["--checkpoint.initial_load_path=/", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
+    with pytest.raises(ValueError, match=r"no Hugging Face name for 3 adapted linears: layers\.0\.feed_forward\.w1, "):
+        build(tmp_path, "--model.name=llama4", "--model.flavor=hf_tiny_dense", *hf)
+
+
+def test_save_merged_writes_a_model_that_transformers_loads(job, tmp_path: Path) -> None:
+    run, path = export(tmp_path / "run", job, "--lora.save_merged")
+    merged, loading = type(HF_MODELS[job[0]].make()).from_pretrained(
+        path.with_name("merged-3"), attn_implementation="eager", output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    with torch.no_grad():
+        expected = merged.eval()(input_ids=TOKENS).logits
+    torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=HF_MODELS[job[0]].atol)
 
 
 def test_export_import_export_is_byte_identical(job, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from mutation import mutate
 from safetensors.torch import load_file, save_file
 
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, load_peft, save_peft
@@ -164,19 +165,7 @@ def test_a_thousand_damaged_directories_are_read_or_refused_and_nothing_else(fol
     outcomes = {"read": 0, "refused": 0}
     for _ in range(1000):
         name = rng.choice([CONFIG_FILE, WEIGHTS_FILE])
-        data = bytearray(originals[name])
-        for _ in range(rng.randint(1, 4)):
-            start = rng.randrange(max(1, len(data) if rng.random() < 0.3 else min(len(data), 800)))
-            match rng.randrange(4):
-                case 0:
-                    data[start : start + 1] = bytes([rng.randrange(256)])
-                case 1:
-                    del data[start : start + rng.randint(1, 50)]
-                case 2:
-                    data[start:start] = data[start : start + rng.randint(1, 50)]
-                case 3:
-                    data = data[: max(start, 1)]
-        (folder / name).write_bytes(bytes(data))
+        (folder / name).write_bytes(mutate(originals[name], rng))
         try:
             load_peft(folder)
             outcomes["read"] += 1

@@ -1,0 +1,20 @@
+"""Files with bytes changed, cut and doubled, as disks, networks and editors leave them."""
+
+import random
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One to four faults, most of them in the first 800 bytes, where headers are."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randrange(max(1, len(changed) if rng.random() < 0.3 else min(len(changed), 800)))
+        match rng.randrange(4):
+            case 0:
+                changed[start : start + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del changed[start : start + rng.randint(1, 50)]
+            case 2:
+                changed[start:start] = changed[start : start + rng.randint(1, 50)]
+            case 3:
+                changed = changed[: max(start, 1)]
+    return bytes(changed)
