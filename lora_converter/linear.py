@@ -6,9 +6,9 @@ The module keeps its identity, its parameters and its names: base checkpoints, t
 activation-checkpointing filters and other converters see the linear they knew. Its class becomes a subclass of
 whatever linear it already is (`nn.Linear`, `Float8Linear`, ...), whose forward still computes x Wᵀ + b.
 
-`lora_a` and `lora_b` are child linears that are never quantized. The scale acts on the (..., rank) tensor, where it
-costs next to nothing. Not here: how adapters are chosen (`targets.py`), how they are sharded (from outside; the one
-rule that belongs to the adapter itself is in `LoRAFactor`).
+`lora_a` and `lora_b` are child linears that are never quantized. Not here: the arithmetic (`ops.py`), how adapters are
+chosen (`targets.py`), how they are sharded (from outside; the one rule that belongs to the adapter itself is in
+`LoRAFactor`).
 """
 
 import functools
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_converter.config import LoRAConfig
+from lora_converter.ops import low_rank_linear, low_rank_update
 
 
 class LoRAFactor(nn.Linear):
@@ -82,45 +83,59 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        out = super().forward(x)
         if self.lora_unmerged is not None:
-            return out
-        x = F.dropout(x, self.lora_config.dropout, self.training)
-        if self.lora_a.whole_over is not None:
-            return out + self._column_wise_update(x, out, self.lora_a.whole_over)
-        if self.lora_b.whole_over is not None:
-            return out + self._row_wise_update(x, out, self.lora_b.whole_over)
-        return out + self._update(x, self.lora_a.weight, self.lora_b.weight)
+            return super().forward(x)
+        if self._base_is_plain:
+            return self._on_this_rank(x, with_base=True)
+        return super().forward(x) + self._on_this_rank(x, with_base=False)  # a base with a product of its own: float8
 
-    def _update(self, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """s · (x Aᵀ) Bᵀ."""
-        return F.linear(F.linear(x, a) * self.lora_config.scaling, b)
+    @property
+    def _base_is_plain(self) -> bool:
+        return super().forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
 
-    def _local_factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's parts of A and B. Their gradients keep the parameters' placements, see `gradients.py`."""
-        a, b = self.lora_a.weight, self.lora_b.weight
-        assert isinstance(a, DTensor) and isinstance(b, DTensor)
-        return a.to_local(), b.to_local()
+    def _on_this_rank(self, x: torch.Tensor, *, with_base: bool) -> torch.Tensor:
+        """Base and update, or the update alone, on this rank's parts of x, W, A and B, without a collective.
 
-    def _column_wise_update(self, x: torch.Tensor, out: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        """The update beside a column-wise base, on local tensors, without a collective.
+            column-wise base   x Replicate   W Shard(0)  A Replicate  B Shard(0)   -> Shard(-1)
+            row-wise base      x Shard(-1)   W Shard(1)  A Shard(1)   B Replicate  -> Partial
 
-        x Replicate, A Replicate, B Shard(0) -> Shard(-1), as the base output. Backward: the gradient of x is Partial,
-        as the base's own; that of A is a partial sum.
+        The gradient of x is what the base's own is, Partial and Shard(-1). That of the whole factor is a partial sum,
+        see `gradients.py`.
         """
-        local = _local(x, mesh, Replicate(), grad=Partial())
-        update = self._update(local, *self._local_factors())
-        return _like(out, update, mesh, Shard(out.ndim - 1))
+        weight, a, b = self.weight, self.lora_a.weight, self.lora_b.weight
+        bias: torch.Tensor | None = self.bias
+        mesh = self.lora_a.whole_over or self.lora_b.whole_over
+        if mesh is None:
+            return self._linear(x, weight, bias, a, b, with_base=with_base)
+        column_wise = self.lora_a.whole_over is not None
+        takes, gives = (Replicate(), Shard(x.ndim - 1)) if column_wise else (Shard(x.ndim - 1), Partial())
+        local = _local(x, mesh, takes, grad=Partial() if column_wise else takes)
+        if not column_wise and mesh.get_local_rank() > 0:
+            bias = None  # once in the sum
+        shards = None if column_wise else mesh
+        out = self._linear(local, *map(_to_local, (weight, bias, a, b)), with_base=with_base, shards=shards)
+        return _as_dtensor(out, mesh, gives, (*x.shape[:-1], self.out_features))
 
-    def _row_wise_update(self, x: torch.Tensor, out: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        """The update beside a row-wise base, on local tensors, without a collective.
+    def _linear(self, x, weight, bias, a, b, *, with_base: bool, shards: DeviceMesh | None = None):  # type: ignore[no-untyped-def]
+        """shards: The mesh over which the features of x are sharded, if they are."""
+        scaling, keep, dropout = self.lora_config.scaling, None, self.lora_config.dropout
+        if self.training and dropout > 0:
+            if isinstance(x, DTensor):
+                update = low_rank_update(F.dropout(x, dropout), a, b, scaling=scaling)
+                return F.linear(x, weight, bias) + update if with_base else update
+            scaling, keep = scaling / (1 - dropout), self._mask(x, shards)
+        if with_base:
+            return low_rank_linear(x, weight, bias, a, b, scaling=scaling, keep=keep)
+        return low_rank_update(x, a, b, scaling=scaling, keep=keep)
 
-        x Shard(-1), A Shard(1), B Replicate -> Partial, as the base output: both are summed at once. Backward: the
-        gradient of x is Shard(-1), as the base's own; that of B is a partial sum.
-        """
-        local = _local(x, mesh, Shard(x.ndim - 1), grad=Shard(x.ndim - 1))
-        update = self._update(local, *self._local_factors())
-        return _like(out, update, mesh, Partial())
+    def _mask(self, x: torch.Tensor, shards: DeviceMesh | None) -> torch.Tensor:
+        """Dropout's mask: drawn for all features, as on one rank, of which this rank keeps its own."""
+        mask = torch.empty(*x.shape[:-1], self.in_features, dtype=torch.bool, device=x.device)
+        mask.bernoulli_(1 - self.lora_config.dropout)
+        if shards is None:
+            return mask
+        start = shards.get_local_rank() * math.ceil(self.in_features / shards.size())
+        return mask[..., start : start + x.shape[-1]].contiguous()
 
     @torch.no_grad()
     def reset_adapter(self, seed: int) -> None:
@@ -218,9 +233,14 @@ def _local(x: torch.Tensor, mesh: DeviceMesh, placement: Placement, *, grad: Pla
     return x.to_local(grad_placements=[grad])
 
 
-def _like(out: torch.Tensor, local: torch.Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
-    """`local` as a DTensor of the global shape of `out`, which a local shape does not give where shards are uneven."""
-    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=out.shape, stride=out.stride())
+def _to_local(param: torch.Tensor | None) -> torch.Tensor | None:
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+def _as_dtensor(local: torch.Tensor, mesh: DeviceMesh, placement: Placement, shape: tuple[int, ...]) -> DTensor:
+    """`local` as a DTensor of a global shape, which the local one does not tell where shards are uneven."""
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(local, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def stable_hash(text: str) -> int:

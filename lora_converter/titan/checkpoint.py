@@ -55,6 +55,7 @@ class LoRACheckpointManager(CheckpointManager):
         trainer = self.states[TRAIN_STATE]  # nothing else of ours is handed the trainer
         self.parallel_dims, self.job_config, self.model_parts = trainer.parallel_dims, trainer.job_config, model_parts
         divide_pipeline_gradients(trainer)
+        trainer.metrics_processor.num_flops_per_token -= model_parts[0].lora_flops_not_spent
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
         self._merge: Callable[[], None] | None = None
         if not self.enable:

@@ -20,12 +20,14 @@ from lora_converter.gradients import mark_partial_gradients
 from lora_converter.linear import subclass_with
 from lora_converter.peft import is_peft_directory
 from lora_converter.titan import checkpoint, optimizer
+from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_settings
 from lora_converter.titan.peft_bridge import check_exportable, linear_shapes, load_peft_everywhere, settings_of_peft
-from lora_converter.titan.precision import store_frozen_in_compute_dtype
+from lora_converter.titan.precision import keep_cast_weights, store_frozen_in_compute_dtype
 from lora_converter.titan.ranks import agreed, together
+from lora_converter.titan.selective_ac import count_as_products
 
-NAME = "lora"
+NAME, FLOAT8 = "lora", "quantize.linear.float8"
 
 
 class LoRAModel(nn.Module):
@@ -37,6 +39,8 @@ class LoRAModel(nn.Module):
 
     lora_settings: LoRA
     lora_seed: int
+    lora_flops_not_spent: int
+    """Per token, of those that torchtitan counts for the whole model."""
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
@@ -46,6 +50,8 @@ class LoRAModel(nn.Module):
         optimizer.mark_mean_gradients(self)
         freeze_base(self)
         freeze_routing(self)
+        count_as_products(self)
+        keep_cast_weights(self)
 
 
 class LoRAConverter:
@@ -76,6 +82,10 @@ class LoRAConverter:
             path = self.config.initial_adapter_path
             if path and agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
                 self.config = self.job_config.lora = self._settings_of_peft(model)
+            if FLOAT8 in self.job_config.model.converters:
+                from lora_converter.titan.float8 import freeze_float8_linears  # torchao is an extra
+
+                freeze_float8_linears(model)
             adapted = apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
             if self.job_config.checkpoint.enable and self.job_config.checkpoint.last_save_in_hf:
                 fqns = [linear.lora_fqn for linear in adapted]
@@ -85,6 +95,7 @@ class LoRAConverter:
         store_frozen_in_compute_dtype(model, self.job_config, self.parallel_dims)
         model.lora_settings = self.config  # type: ignore[assignment]
         model.lora_seed = self.seed  # type: ignore[assignment]
+        model.lora_flops_not_spent = flops_not_spent(model, self.job_config.training.seq_len)  # type: ignore[assignment]
         model.__class__ = subclass_with(LoRAModel, type(model))  # type: ignore[arg-type]
         logger.info(describe(count_parameters(model), self.config))
 

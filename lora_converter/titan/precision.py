@@ -12,6 +12,7 @@ once gives what rounding at every use gave. Which weights are rounded, and wheth
 
 import torch
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
@@ -30,3 +31,11 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config, parallel_dims: P
     for param in params:
         if type(param.data) is torch.Tensor and param.dtype.itemsize > dtype.itemsize:
             param.data = param.data.to(dtype)
+
+
+def keep_cast_weights(model: nn.Module) -> None:
+    """Lets frozen float8 linears keep their weight as it is cast, where it is whole on this rank. After sharding."""
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    for module in model.modules():
+        if hasattr(module, "keeps_cast_weight"):
+            module.keeps_cast_weight = not sharded  # type: ignore[assignment]

@@ -1,21 +1,23 @@
 """Two gloo ranks: which collectives run, over how many elements, with adapters and without."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish, full_state
 from launch import main
-from parity import CP2, FSDP2, TP2, base_options, fill_b
+from parity import CP2, FSDP2, OP_SAC, TP2, base_options, fill_b
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, unmerge_adapter
 from lora_converter.apply import adapted_linears
@@ -109,6 +111,43 @@ def frozen_weights_are_stored_in_the_compute_dtype(folder: Path) -> Any:
     assert torch.equal(*outputs)
 
 
+def selective_ac_keeps_what_full_fine_tuning_keeps(folder: Path) -> dict[str, int]:
+    """Elements on this rank, one step; beside them only S, (tokens, rank) per kept linear."""
+    figures = {}
+    for name, layout in (("TP2", TP2), ("FSDP2", FSDP2)):
+        options = [*base_options("llama3", folder.parent.parent), *layout, *OP_SAC]
+        kept = {}
+        for kind, config in (("full", BASE_CONFIG), ("lora", CONFIG)):
+            with trainer(folder / name / kind, *options, config=config) as run:
+                kept[kind] = selectively_kept(run)
+        rank_sized = sum(n for shape, n in kept["lora"].items() if shape[-1] == 4)
+        assert {s: n for s, n in kept["lora"].items() if s[-1] != 4} == kept["full"], (name, kept)
+        assert rank_sized and sum(kept["full"].values()) > 10 * rank_sized, (name, kept)
+        figures[name] = sum(kept["full"].values())
+    return figures
+
+
+def selectively_kept(run: Run) -> dict[tuple[int, ...], int]:
+    """Shape on this rank -> elements that selective activation checkpointing keeps of one forward."""
+    storages: list[Any] = []
+    init = torch.utils.checkpoint._CachingTorchDispatchMode.__init__
+
+    def note(mode: Any, policy: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
+        storages.append(storage)
+        init(mode, policy, storage, *args, **kwargs)
+
+    with mock.patch.object(torch.utils.checkpoint._CachingTorchDispatchMode, "__init__", note):
+        run.trainer.model_parts[0](torch.randint(0, 320, (2, 64)))
+    kept: dict[tuple[int, ...], int] = defaultdict(int)
+    for entry in (entry for storage in storages for calls in storage.values() for entry in calls.values()):
+        for wrapped in tree_leaves(entry):
+            value = getattr(wrapped, "val", None)
+            if isinstance(value, torch.Tensor):
+                local = value.to_local() if isinstance(value, DTensor) else value
+                kept[tuple(local.flatten(0, -2).shape)] += local.numel()
+    return kept
+
+
 def dropout_masks_are_shared_by_tensor_parallel_ranks_alone(folder: Path) -> Any:
     """The seed of the masks after one step: equal where ranks see the same rows, different where they do not."""
     for layout, distinct in ((TP2, 1), (FSDP2, 2), (CP2, 2)):
@@ -193,6 +232,7 @@ CHECKS = {
     "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,
     "merging on sharded weights": merging_keeps_the_output_and_unmerging_gives_the_base_back,
     "dropout masks are shared by tensor-parallel ranks alone": dropout_masks_are_shared_by_tensor_parallel_ranks_alone,
+    "selective AC keeps what full fine-tuning keeps": selective_ac_keeps_what_full_fine_tuning_keeps,
     "biases and uneven shards under TP": a_plain_model_with_biases_and_uneven_shards,
 }
 

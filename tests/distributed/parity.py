@@ -98,6 +98,7 @@ TABLE = {
 }
 """The rows of the README's table."""
 
+DROPOUT = ("--lora.dropout=0.2",)
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
 VARIANTS = {
     "rank 3 and the output head, TP2": row(2, TP2, job=("--lora.rank=3", *HEAD_TOO)),
@@ -110,6 +111,8 @@ VARIANTS = {
     "accumulation, DDP2": row(2, DDP2, microbatches=2),
     "full AC, TP2": row(2, TP2, FULL_AC),
     "selective AC by op, TP2": row(2, TP2, OP_SAC),
+    "dropout, TP2": row(2, TP2, job=DROPOUT),
+    "dropout and full AC, TP2": row(2, TP2, FULL_AC, job=DROPOUT),
     "selective AC by layer, FSDP2": row(2, FSDP2, LAYER_SAC),
     "validation, FSDP2": row(2, FSDP2, VALIDATION),
     "CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"]),

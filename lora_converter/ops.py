@@ -1,0 +1,147 @@
+"""The low-rank linear as one operation: y = x Wᵀ + b + s · (x Aᵀ) Bᵀ with W and b frozen.
+
+What the mathematics asks for beside the frozen linear is rank-sized work and little traffic; the composition of plain
+operations moves much more, because each result of size tokens x features is written, read again and added. Here
+
+    forward     S = s · (x Aᵀ);  y = x Wᵀ + b, and S Bᵀ accumulates onto it
+    backward    dS = s · (dy B);  dB = dyᵀ S;  dA = dSᵀ x;  dx = dy W, and dS A accumulates onto it, if x needs it
+    saved       x, S, A, B and W as they are: no cast, no contiguous copy, nothing of size tokens x out
+
+so that a linear of K inputs and N outputs moves 4 K + 4 N elements per token over the frozen one, where the composition
+with the scale on the output moves 6 K + 10 N. The other order, the update first and the base onto it, moves as many; on
+CPUs it is as fast in fp32 and slower in bf16, whose large product is not free to accumulate.
+
+The forward is one operator of the dispatcher, `lora_converter::linear`. Selective activation checkpointing, which
+decides about operators, thus sees one large product per linear, as without an adapter (`as_plain_product`); and what it
+keeps is never written to afterwards. Under torch.compile, which fuses by itself, and for what the operation does not
+cover (trained base weights, DTensors), the composition is used, with the scale on the (tokens, rank) tensor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+
+Tensor = torch.Tensor
+
+_library = torch.library.Library("lora_converter", "DEF")
+_library.define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scaling, Tensor? keep) -> (Tensor, Tensor)"
+)
+
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scaling: float,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + b + scaling · ((x ∘ keep) Aᵀ) Bᵀ.
+
+    Args:
+        x: (..., in_features).
+        weight: W, (out_features, in_features).
+        bias: (out_features).
+        a: A, (rank, in_features), of any floating dtype: cast to that of the computation, x's or autocast's.
+        b: B, (out_features, rank).
+        keep: Dropout's mask, boolean, of x's shape; what is left of x is not scaled up here, but in `scaling`.
+
+    Returns:
+        (..., out_features).
+    """
+    if _needs_composition(x, weight, bias):
+        return F.linear(x, weight, bias) + low_rank_update(x, a, b, scaling=scaling, keep=keep)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows, keep = x.reshape(-1, x.shape[-1]), None if keep is None else keep.reshape(-1, x.shape[-1])
+    out = _LowRankLinear.apply(rows, weight, bias, a.to(x.dtype), b.to(x.dtype), scaling, keep)
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def low_rank_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float, keep: Tensor | None = None) -> Tensor:
+    """scaling · ((x ∘ keep) Aᵀ) Bᵀ alone, of plain operations."""
+    return _small_product(_small_product(_kept(x, keep), a) * scaling, b)
+
+
+def _small_product(x: Tensor, factor: Tensor) -> Tensor:
+    """x factorᵀ as a batch of one: selective activation checkpointing keeps every second `aten.mm`, and counting the
+    rank-sized ones it would keep others than without an adapter.
+    """
+    rows = x.reshape(1, -1, x.shape[-1])
+    return torch.bmm(rows, factor.to(x.dtype).t().unsqueeze(0)).view(*x.shape[:-1], factor.shape[0])
+
+
+def _needs_composition(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return trains or torch.compiler.is_compiling() or isinstance(x, DTensor) or isinstance(weight, DTensor)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """`lora_converter::linear` and its gradients with respect to x, A and B. x: (tokens, in_features)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scaling, keep):
+        out, s = torch.ops.lora_converter.linear(x, weight, bias, a, b, scaling, keep)
+        ctx.save_for_backward(x, s, weight, a, b, keep)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, s, weight, a, b, keep = ctx.saved_tensors
+        wants_x, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        dx = da = db = None
+        if wants_b:
+            db = dy.t() @ s
+        if wants_a or wants_x:
+            ds = (dy @ b).mul_(ctx.scaling)
+        if wants_a:
+            da = ds.t() @ _kept(x, keep)
+        if wants_x:
+            dx = dy @ weight
+            if keep is None:
+                dx.addmm_(ds, a)
+            else:
+                dx.add_((ds @ a).mul_(keep))
+        return dx, None, None, da, db, None, None
+
+
+def linear_kernel(x, weight, bias, a, b, scaling, keep):
+    """The operator's implementation. x: (tokens, in_features) -> y (tokens, out_features), S (tokens, rank)."""
+    s = (_kept(x, keep) @ a.t()).mul_(scaling)
+    out = F.linear(x, weight, bias)
+    return out.addmm_(s, b.t()), s
+
+
+def as_plain_product(func, args: tuple) -> tuple:  # type: ignore[no-untyped-def]
+    """What a policy of selective activation checkpointing is asked about: our operator as the base's own product.
+
+    Args:
+        func: An operator, with the positional arguments `args`.
+
+    Returns:
+        (operator, *arguments).
+    """
+    if func is not torch.ops.lora_converter.linear.default:
+        return (func, *args)
+    x, weight = args[:2]
+    return (torch.ops.aten.mm.default, x, weight.t())
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    return x if keep is None else x * keep
+
+
+def _linear_shapes(x, weight, bias, a, b, scaling, keep):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+_library.impl("linear", linear_kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("lora_converter::linear", _linear_shapes, lib=_library)
