@@ -1,23 +1,21 @@
-"""What an adapter costs beside the frozen model, against full fine-tuning, the plain composition and PEFT, in one run.
+"""What an adapter costs: over the frozen model, against full fine-tuning, the plain composition and PEFT in one run.
 
-    python scripts/bench.py layer  --widths 1024 2048 --tokens 1024 2048 --dtypes float32 bfloat16
-    python scripts/bench.py step   --flavor bench50m
-    python scripts/bench.py memory --flavor bench50m
-    python scripts/bench.py comm
+    python scripts/bench.py layer    # forward + backward of a block of seven linears; torchtitan is not needed
+    python scripts/bench.py step     # a training step through torchtitan's trainer, 53M parameters, one rank
+    python scripts/bench.py memory   # the peak of such a run above the imports
+    python scripts/bench.py comm     # collectives and elements of a step under TP + SP and FSDP2, 2 gloo ranks
 
-    layer   forward + backward of a block of seven linears over the frozen block's (no torchtitan needed)
-    step    a whole training step through torchtitan's trainer, one rank: LoRA over full fine-tuning
-    memory  peak resident (CPU) or allocated (GPU) memory of such a run above the imports
-    comm    collectives of one block under TP + SP and FSDP2, with and without adapters (2 gloo ranks)
-
-Times are ratios taken in turn within one run (A B C A B C ...), medians over the rounds; absolute times on shared
-machines mean little. Results go to the screen, and with --json FILE and --picture FILE there.
+Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
+machines mean little. --json FILE and --picture FILE keep the results.
 """
 
 import argparse
 import importlib.util
+import json
+import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,7 +114,7 @@ def layer(options: argparse.Namespace) -> Results:
                 shape = (width, options.kv_width or width // 4, options.hidden or _round(width * 8 / 3, 256))
                 found = layer_ratios(shape, tokens, getattr(torch, dtype_name), options)
                 results.append({"dtype": dtype_name, "width": width, "hidden": shape[2], "tokens": tokens, **found})
-                print(_row(results[-1]), flush=True)
+                print(_row(results[-1]), file=sys.stderr, flush=True)
     return results
 
 
@@ -134,6 +132,7 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
         if options.compile:
             module.compile()
         steps[name] = _forward_backward(module, x, dy)
+    steps["products alone"] = rank_sized_products(first, tokens)
     times = paired(steps, options.rounds, device)
     ratios = {
         name: statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True)) for name in times
@@ -142,7 +141,35 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
     found["ours/full"] = statistics.median(a / b for a, b in zip(times["ours"], times["full"], strict=True))
     if "PEFT" in times:
         found["overhead ours/PEFT"] = (ratios["ours"] - 1) / (ratios["PEFT"] - 1)
+        found["products alone/PEFT"] = ratios["products alone"] / (ratios["PEFT"] - 1)
     return found
+
+
+def rank_sized_products(block: Block, tokens: int) -> Callable[[], None]:
+    """The six products of every adapter alone, each onto memory that is there: what no implementation goes below.
+
+    Its time is to be compared with an overhead, not with the frozen block's.
+    """
+    calls = []
+    for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
+        like = linear.weight.detach()
+        x, dy = (
+            like.new_empty(tokens, linear.in_features).normal_(),
+            like.new_empty(tokens, linear.out_features).normal_(),
+        )
+        a, b = like.new_empty(RANK, linear.in_features).normal_(), like.new_empty(linear.out_features, RANK).normal_()
+        calls.append((x, dy, a, b, x @ a.t(), dy @ b, torch.zeros_like(dy), torch.zeros_like(x)))
+
+    def step() -> None:
+        for x, dy, a, b, s, ds, y, dx in calls:
+            torch.mm(x, a.t(), out=s)
+            y.addmm_(s, b.t())
+            torch.mm(dy, b, out=ds)
+            dy.t() @ s
+            ds.t() @ x
+            dx.addmm_(ds, a)
+
+    return step
 
 
 def _forward_backward(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
@@ -180,27 +207,103 @@ def _round(value: float, to: int) -> int:
     return int(-(-value // to) * to)
 
 
+def step(options: argparse.Namespace) -> Results:
+    """A whole training step: data, forward, backward, clipping, AdamW. LoRA over full fine-tuning."""
+    from bench_trainer import parameters, trainer_step
+
+    times = paired({kind: trainer_step(kind, *options.options) for kind in ("lora", "full")}, options.rounds, "cpu")
+    ratio = statistics.median(a / b for a, b in zip(times["lora"], times["full"], strict=True))
+    return [{"parameters": parameters(), "lora/full": ratio, "full_ms": 1e3 * statistics.median(times["full"])}]
+
+
+def memory(options: argparse.Namespace) -> Results:
+    """Peak resident (CPU) or allocated (GPU) bytes of three training steps above the imports, each in its process."""
+    from bench_trainer import parameters, peak_memory
+
+    peaks = {kind: peak_memory(kind, options.options) for kind in ("lora", "full")}
+    ratio = peaks["lora"] / peaks["full"]
+    return [{"parameters": parameters(), **{f"{k}_MB": n / 1e6 for k, n in peaks.items()}, "lora/full": ratio}]
+
+
+def comm(options: argparse.Namespace) -> Results:
+    """Collectives of one forward and backward, which checks of tests/distributed/collectives.py count and compare."""
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path[:0] = [str(tests), str(tests / "distributed")]
+    from hf_models import save_tiny_llama
+    from launch import launch
+
+    tensor_parallel = "llama3: the collectives of a TP model are those without adapters"
+    fsdp = "FSDP2 reduces the adapters' gradients alone"
+    with tempfile.TemporaryDirectory() as folder:
+        save_tiny_llama(Path(folder) / "llama3")
+        (Path(folder) / "comm").mkdir()
+        found = launch("collectives.py", ranks=2, folder=Path(folder) / "comm", checks=[tensor_parallel, fsdp])
+    for name, verdict in found.items():
+        if verdict["error"]:
+            raise SystemExit(f"{name}: {verdict['error']}")
+    return [{"check": name, **verdict["figures"]} for name, verdict in found.items()]
+
+
 def _row(result: dict[str, Any]) -> str:
     return "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
 
-def main() -> None:
+def _device(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def _picture(results: Results, path: Path) -> None:
+    """Bars: time over the frozen block, per shape and peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peers = [name for name in PEERS if name != "frozen" and name in results[0]]
+    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(results), 4))
+    for number, name in enumerate(peers):
+        places = [place + number / (len(peers) + 1) for place in range(len(results))]
+        axes.bar(places, [result[name] - 1 for result in results], width=1 / (len(peers) + 1), label=name)
+    axes.set_xticks(range(len(results)), [f"{r['dtype']}\n{r['width']} x {r['tokens']}" for r in results])
+    axes.set_ylabel("time over the frozen block")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("layer")
-    command.add_argument("--widths", type=int, nargs="+", default=[1024, 2048])
-    command.add_argument("--hidden", type=int, help="default: 8/3 of the width")
-    command.add_argument("--kv-width", type=int, help="default: a quarter of the width")
-    command.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
-    command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    command.add_argument("--rounds", type=int, default=15)
-    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    command.add_argument("--compile", action="store_true")
-    command.set_defaults(run=layer)
-    options = parser.parse_args()
-    options.run(options)
+    parser.add_argument("part", choices=["layer", "step", "memory", "comm"])
+    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: 15)")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--picture", type=Path, help="file for a bar chart of `layer`")
+    block = parser.add_argument_group("layer")
+    block.add_argument("--widths", type=int, nargs="+", default=[1024, 2048])
+    block.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
+    block.add_argument("--hidden", type=int, help="width of the feed-forward (default: 8/3 of the width)")
+    block.add_argument("--kv-width", type=int, help="of keys and values (default: a quarter of the width)")
+    block.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    block.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    block.add_argument("--compile", action="store_true")
+    parser.add_argument("--options", nargs="*", default=[], help="step, memory: more options of torchtitan")
+    return parser
+
+
+def main() -> None:
+    options = _parser().parse_args()
+    results = {"layer": layer, "step": step, "memory": memory, "comm": comm}[options.part](options)
+    where = f"{_device(options.device)}, torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"\n{options.part}, {where}")
+    for result in results:
+        print(_row(result))
+    if options.json:
+        options.json.write_text(
+            json.dumps({"part": options.part, "device": where, "results": results}, indent=2) + "\n"
+        )
+    if options.picture and options.part == "layer":
+        _picture(results, options.picture)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from lora_converter import LoRAConfig, apply_lora, merge_adapter, unmerge_adapter
+from lora_converter.linear import LoRAFactor
 from lora_converter.titan.float8 import FrozenFloat8Linear, freeze_float8_linears
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]
@@ -119,6 +120,38 @@ def test_float8_weights_are_cast_once_over_a_whole_run(hf_base: Path, tmp_path: 
         run.trainer.close()
     frozen = sum(isinstance(module, FrozenFloat8Linear) for module in run.trainer.model_parts[0].modules())
     assert frozen >= 28 and len(casts) == 2 * frozen
+
+
+class WeightCasts(TorchDispatchMode):
+    """Shapes of two-dimensional tensors that are converted to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and args[0].ndim == 2:
+            self.shapes.add(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_recasts_no_frozen_weight(hf_base: Path, tmp_path: Path) -> None:
+    """One rank, bf16: what is cast are the factors alone. A run of all weights casts them all."""
+    base = [f"--checkpoint.initial_load_path={hf_base}", "--checkpoint.initial_load_in_hf"]
+    cast = []
+    for name, config in (("lora", {}), ("full", {"config": BASE_CONFIG})):
+        run = build(tmp_path / name, *base, "--training.mixed_precision_param=bfloat16", **config)
+        model = run.trainer.model_parts[0]
+        with run.trainer.train_context(), run.trainer.maybe_enable_amp, WeightCasts() as casts:
+            model(torch.randint(0, 320, (2, 64))).float().sum().backward()
+        weights = {tuple(m.weight.shape) for m in model.modules() if is_linear(m)}
+        cast.append(casts.shapes & weights)
+        run.trainer.close()
+    assert cast[0] == set() and len(cast[1]) >= 4
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not isinstance(module, LoRAFactor)
 
 
 @pytest.mark.parametrize("model", [[], ["--model.name=deepseek_v3", "--model.flavor=debugmodel"]], ids=["dense", "moe"])
