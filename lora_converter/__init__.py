@@ -8,23 +8,31 @@ from lora_converter.apply import (
     adapter_parameters,
     apply_lora,
     count_parameters,
+    disable_adapter,
     freeze_base,
     merge_adapter,
+    merge_and_unload,
     reset_adapters,
     unmerge_adapter,
 )
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRALinear
+from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
 __all__ = [
     "LoRAConfig",
     "LoRALinear",
     "ParameterCount",
+    "adapter_configs",
     "adapter_parameters",
+    "adapter_state_dict",
     "apply_lora",
     "count_parameters",
+    "disable_adapter",
     "freeze_base",
+    "load_adapter_state_dict",
     "merge_adapter",
+    "merge_and_unload",
     "reset_adapters",
     "unmerge_adapter",
 ]

@@ -1,6 +1,7 @@
 """Adapters on a whole model: put them there, freeze the rest, name what trains."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +9,7 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
-from lora_converter.linear import LoRALinear, add_adapter
+from lora_converter.linear import LoRALinear, add_adapter, is_linear
 from lora_converter.targets import select_targets
 
 
@@ -31,7 +32,7 @@ def apply_lora(
     called after the weights exist.
 
     Args:
-        model: Any module with `nn.Linear` children. No name and no value of it changes.
+        model: Any module with linears, `nn.Linear` or transformers' `Conv1D`. No name and no value of it changes.
         seed: With a linear's name, decides the adapter's initial values.
         dtype: Dtype of the adapters; that of each linear's weight if left out.
 
@@ -44,7 +45,7 @@ def apply_lora(
     """
     if any(True for _ in adapted_linears(model)):
         raise ValueError("The model has LoRA adapters already: apply_lora once, or load another adapter into them.")
-    linears = {fqn: module for fqn, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {fqn: module for fqn, module in model.named_modules() if is_linear(module)}
     targets = select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules)
     adapted = [add_adapter(linears[fqn], config, fqn=fqn, dtype=dtype) for fqn in targets]
     freeze_base(model)
@@ -103,7 +104,7 @@ def merge_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no adapters, or they are merged already.
     """
-    linears = _at_rest(model)
+    linears = adapters_at_rest(model)
     if merged := [linear.lora_fqn for linear in linears if linear.lora_unmerged is not None]:
         raise ValueError(f"{len(merged)} adapters are merged already, {merged[0]} among them: unmerge_adapter first.")
     for linear in linears:
@@ -116,15 +117,62 @@ def unmerge_adapter(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no adapters, or they are not merged.
     """
-    linears = _at_rest(model)
+    linears = adapters_at_rest(model)
     if apart := [linear.lora_fqn for linear in linears if linear.lora_unmerged is None]:
         raise ValueError(f"{len(apart)} adapters are not merged, {apart[0]} among them: merge_adapter first.")
     for linear in linears:
         linear.unmerge()
 
 
-def _at_rest(model: nn.Module) -> list[LoRALinear]:
-    """The adapted linears, with their sharded parameters in place: FSDP2 may hold some gathered after a forward."""
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Merges for good: the adapted linears are plain again, of the class that they were, with the updated weights.
+
+    Call it on all ranks, and not in the middle of a training: optimizers and FSDP2 keep what they know of the factors.
+
+    Returns:
+        `model`, which is changed in place.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    for linear in adapters_at_rest(model):
+        if linear.lora_unmerged is None:
+            linear.merge()
+        linear.unload()
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """While it is entered the model computes what its base does, bit for bit: a reference model that costs no memory.
+
+    It may be entered again inside itself, and an exception leaves it as the end does. A compiled model has a graph for
+    either state.
+
+    Raises:
+        ValueError: The model has no adapters, or they are merged.
+    """
+    linears = list(adapted_linears(model))
+    if not linears:
+        raise ValueError("The model has no LoRA adapters.")
+    if merged := [linear.lora_fqn for linear in linears if linear.lora_unmerged is not None]:
+        raise ValueError(f"{len(merged)} adapters are merged, {merged[0]} among them: unmerge_adapter first.")
+    before = [linear.lora_enabled for linear in linears]
+    for linear in linears:
+        linear.lora_enabled = False
+    try:
+        yield
+    finally:
+        for linear, enabled in zip(linears, before, strict=True):
+            linear.lora_enabled = enabled
+
+
+def adapters_at_rest(model: nn.Module) -> list[LoRALinear]:
+    """The adapted linears, with their sharded parameters in place: FSDP2 may hold some gathered after a forward.
+
+    Raises:
+        ValueError: There is none.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -61,8 +61,8 @@ class LoRAFactor(nn.Linear):
         """Nothing: values come from `LoRALinear.reset_adapter`, and the global generator is left alone."""
 
 
-class LoRALinear(nn.Linear):
-    """A frozen linear plus a trained low-rank update. Made by `add_adapter`, never constructed.
+class LoRALinear(nn.Module):
+    """What a linear's class gains: a trained low-rank update beside the frozen weight. Made by `add_adapter` alone.
 
     Attributes:
         lora_a: A, weight (rank, in_features).
@@ -74,16 +74,26 @@ class LoRALinear(nn.Linear):
     adapter_parameter_names = ("lora_a.weight", "lora_b.weight")
     """What trains, by declaration: every other parameter below this module belongs to the base."""
 
+    in_features: int
+    out_features: int
+    weight: torch.Tensor
+    bias: torch.Tensor | None
     lora_a: LoRAFactor
     lora_b: LoRAFactor
     lora_config: LoRAConfig
     lora_fqn: str
+    lora_transposed: bool = False
+    """The weight is stored as (in_features, out_features), PEFT's `fan_in_fan_out`: transformers' Conv1D."""
+
+    lora_enabled: bool = True
+    """False while `disable_adapter` is entered: the forward is the base's."""
+
     lora_unmerged: torch.Tensor | None = None
     """The base weight, this rank's part of it, while the update is merged into `weight`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features) -> (..., out_features)."""
-        if self.lora_unmerged is not None:
+        if self.lora_unmerged is not None or not self.lora_enabled:
             return super().forward(x)
         if self._base_is_plain:
             return self._on_this_rank(x, with_base=True)
@@ -91,7 +101,7 @@ class LoRALinear(nn.Linear):
 
     @property
     def _base_is_plain(self) -> bool:
-        return super().forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
+        return self.lora_transposed or super().forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
 
     def _on_this_rank(self, x: torch.Tensor, *, with_base: bool) -> torch.Tensor:
         """Base and update, or the update alone, on this rank's parts of x, W, A and B, without a collective.
@@ -102,8 +112,8 @@ class LoRALinear(nn.Linear):
         The gradient of x is what the base's own is, Partial and Shard(-1). That of the whole factor is a partial sum,
         see `gradients.py`.
         """
-        weight, a, b = self.weight, self.lora_a.weight, self.lora_b.weight
-        bias: torch.Tensor | None = self.bias
+        weight = self.weight.t() if self.lora_transposed else self.weight
+        bias, a, b = self.bias, self.lora_a.weight, self.lora_b.weight
         mesh = self.lora_a.whole_over or self.lora_b.whole_over
         if mesh is None:
             return self._linear(x, weight, bias, a, b, with_base=with_base)
@@ -159,7 +169,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the update to the weight, in fp32 and rounded once. The base weight is kept for `unmerge`."""
-        delta = self.delta_weight()
+        delta = self.delta_weight().t() if self.lora_transposed else self.delta_weight()
         if isinstance(self.weight, DTensor):
             mesh, placements = self.weight.device_mesh, self.weight.placements
             delta = distribute_tensor(delta, mesh, placements, src_data_rank=None)
@@ -172,6 +182,14 @@ class LoRALinear(nn.Linear):
         assert self.lora_unmerged is not None
         self.weight.copy_(self.lora_unmerged)
         self.lora_unmerged = None
+
+    def unload(self) -> None:
+        """Makes this a plain linear again, of the class it was, with the weight that it has now."""
+        names = ["lora_a", "lora_b", "lora_config", "lora_fqn", "lora_unmerged", "lora_enabled", "lora_transposed"]
+        for name in names + ["in_features", "out_features"] * self.lora_transposed:
+            if name in {**self.__dict__, **self._modules}:
+                delattr(self, name)
+        self.__class__ = type(self).__bases__[1]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As `nn.Module`'s, but leaves the factors' parameters to the factors.
@@ -187,14 +205,27 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, rank={config.rank}, alpha={config.alpha}, dropout={config.dropout}"
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module can get an adapter."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """By name, so that transformers, whose GPT-2 alone is made of them, need not be imported."""
+    return any(f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).mro())
+
+
 def add_adapter(linear: nn.Linear, config: LoRAConfig, *, fqn: str, dtype: torch.dtype | None = None) -> LoRALinear:
     """Turns `linear` into a `LoRALinear` in place; its parameters are not touched. The adapter is left unset.
 
     Args:
-        linear: Any `nn.Linear`, on any device, meta included.
+        linear: Any `nn.Linear`, or transformers' `Conv1D`, on any device, meta included.
         fqn: Its name in the whole model.
         dtype: Dtype of the factors; the weight's if left out.
     """
+    if _is_conv1d(linear):
+        linear.lora_transposed = True  # type: ignore[assignment]
+        linear.in_features, linear.out_features = linear.weight.shape
     like = torch.empty(0, device=linear.weight.device, dtype=dtype or linear.weight.dtype)
     linear.lora_config = config  # type: ignore[assignment]
     linear.lora_fqn = fqn  # type: ignore[assignment]
@@ -208,8 +239,6 @@ def add_adapter(linear: nn.Linear, config: LoRAConfig, *, fqn: str, dtype: torch
 @functools.cache
 def subclass_with(mixin: type, cls: type) -> type:
     """A class that is both, `mixin` first; one per pair, so that equal modules have equal classes."""
-    if issubclass(mixin, cls):
-        return mixin
     return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
 
 

@@ -89,6 +89,7 @@ def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
     problems = []
     for module, (a, b) in peft.factors.items():
         key, here = f"{module}.weight", [b.shape[0], a.shape[1]]
+        here = here[::-1] if peft.fan_in_fan_out else here
         if key not in weights:
             problems.append(f"{key} is not in the base")
         elif weights[key][1] != here:
@@ -116,13 +117,14 @@ def _merged_rows(source: Path, key: str, peft: PeftAdapter, dtype: torch.dtype |
     if not weight.numel():
         return
     dtype = dtype if dtype and weight.is_floating_point() else weight.dtype
-    a, b = peft.factors.get(key.removesuffix(".weight"), (None, None))
+    module = key.removesuffix(".weight")
+    left, right = peft.delta_factors(module) if module in peft.factors else (None, None)
     matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
     size = max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])
     for start in range(0, matrix.shape[0], size):
         rows = matrix[start : start + size]
-        if a is not None and b is not None:
-            rows = rows.float() + peft.scaling * (b[start : start + size].float() @ a.float())
+        if left is not None and right is not None:
+            rows = rows.float() + peft.scaling * (left[start : start + size] @ right)
         yield rows.to(dtype)
 
 

@@ -11,17 +11,21 @@ modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
 import hashlib
 import json
 import logging
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lora_converter.apply import adapted_linears
 from lora_converter.config import scaling
 from lora_converter.hf_folder import appears_complete
+from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -35,7 +39,6 @@ _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.we
 _MUST_BE: dict[str, tuple] = {
     "alpha_pattern": (None, {}),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "target_parameters": (None, []),
@@ -63,6 +66,8 @@ class PeftAdapter:
     use_rslora: bool
     target_modules: list[str]
     base_model: str = ""
+    fan_in_fan_out: bool = False
+    """The weights of the base are (in_features, out_features): transformers' GPT-2."""
 
     @property
     def scaling(self) -> float:
@@ -70,9 +75,14 @@ class PeftAdapter:
         return scaling(self.rank, self.alpha, self.use_rslora)
 
     def delta_weight(self, module: str) -> torch.Tensor:
-        """The update of a module's weight, (out_features, in_features), fp32."""
-        a, b = self.factors[module]
-        return self.scaling * (b.float() @ a.float())
+        """The update of a module's weight, in the weight's own shape, fp32."""
+        left, right = self.delta_factors(module)
+        return self.scaling * (left @ right)
+
+    def delta_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product, scaled, is `delta_weight`, fp32; rows of the first give its rows."""
+        a, b = (factor.float() for factor in self.factors[module])
+        return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
 
 
 def is_peft_directory(path: str | Path) -> bool:
@@ -135,12 +145,52 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         use_rslora=bool(config.get("use_rslora", False)),
         target_modules=_as_list(config.get("target_modules")),
         base_model=config.get("base_model_name_or_path") or "",
+        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
     )
     _check_factors(adapter, str(folder))
     broken = [m for m, pair in adapter.factors.items() if not all(factor.isfinite().all() for factor in pair)]
     if broken:
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
+
+
+def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
+    """The adapters of a model whose module names are Hugging Face's, such as one of transformers', for `save_peft`.
+
+    A torchtitan model has names of its own: see `titan/peft_bridge.py`. A collective on sharded models.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    state, configs = adapter_state_dict(model), adapter_configs(model)
+    config = next(iter(configs.values()))
+    return PeftAdapter(
+        factors={fqn: (state[f"{fqn}.lora_a.weight"], state[f"{fqn}.lora_b.weight"]) for fqn in sorted(configs)},
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        target_modules=sorted(configs),
+        base_model=base_model,
+        fan_in_fan_out=any(linear.lora_transposed for linear in adapted_linears(model)),
+    )
+
+
+def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
+    """Copies an adapter into the adapters of a model whose module names are Hugging Face's. All ranks.
+
+    Raises:
+        ValueError: Names, shapes or the scaling do not fit; nothing is written.
+    """
+    for fqn, config in adapter_configs(model).items():
+        if not math.isclose(config.scaling, adapter.scaling):
+            raise ValueError(
+                f"The adapter's scaling is {adapter.scaling:g}, that of {fqn} {config.scaling:g}: give apply_lora "
+                f"rank = {adapter.rank}, alpha = {adapter.alpha:g}, use_rslora = {adapter.use_rslora}."
+            )
+    names = ("lora_a.weight", "lora_b.weight")
+    state = {f"{fqn}.{n}": f for fqn, pair in adapter.factors.items() for n, f in zip(names, pair, strict=True)}
+    load_adapter_state_dict(model, state)
 
 
 def digest(folder: str | Path) -> str:
@@ -158,7 +208,7 @@ def _config(adapter: PeftAdapter) -> dict[str, Any]:
     return {
         "base_model_name_or_path": adapter.base_model or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": adapter.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,

@@ -1,0 +1,85 @@
+"""Two gloo ranks: the live API on torchtitan's model under FSDP2, TP and PP."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build
+from launch import main
+from parity import FSDP2, PP2, TP2, base_options, fill_b
+
+from lora_converter import (
+    LoRALinear,
+    adapter_configs,
+    adapter_parameters,
+    adapter_state_dict,
+    count_parameters,
+    disable_adapter,
+    load_adapter_state_dict,
+    merge_and_unload,
+)
+
+LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
+
+
+def loaded(folder: Path, layout: list[str], config: Path) -> tuple[Run, nn.Module]:
+    run = build(folder, *base_options("llama3", folder.parents[2]), *layout, config=config)
+    run.trainer.checkpointer.load()
+    (model,) = run.trainer.model_parts
+    return run, model.eval()
+
+
+@torch.no_grad()
+def out(model: Any) -> torch.Tensor:
+    """Logits; of a pipeline's first stage hidden states, and its last is given some."""
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden = torch.randint(0, 320, (4, 64), generator=generator), torch.randn(4, 64, 64, generator=generator)
+    result = model(hidden if model.tok_embeddings is None else tokens)
+    return result.full_tensor() if hasattr(result, "full_tensor") else result
+
+
+def live(folder: Path, layout: list[str]) -> None:
+    _, base = loaded(folder / "base", layout, BASE_CONFIG)
+    expected = out(base)
+    run, model = loaded(folder / "lora", layout, CONFIG)
+    fill_b(run)
+    adapted = out(model)
+
+    state = adapter_state_dict(model)
+    reference = adapter_state(run)
+    assert state.keys() == reference.keys() and all(torch.equal(state[name], reference[name]) for name in state)
+    assert set(adapter_configs(model)) == {name.rsplit(".", 2)[0] for name in state}
+    assert count_parameters(model).trainable == sum(value.numel() for value in state.values())
+
+    states: list[Any] = [None, None]
+    dist.all_gather_object(states, state)
+    whole = {**states[0], **states[1]}
+    for param in adapter_parameters(model).values():
+        nn.init.zeros_(param)
+    load_adapter_state_dict(model, whole, strict=len(whole) == len(state))
+    assert torch.equal(out(model), adapted)
+    try:
+        load_adapter_state_dict(model, {name: value[:1] for name, value in state.items()})
+    except ValueError as error:
+        assert "have another shape" in str(error)
+    else:
+        raise AssertionError("accepted")
+    assert torch.equal(out(model), adapted)
+
+    with disable_adapter(model):
+        assert torch.equal(out(model), expected)
+    assert not torch.equal(out(model), expected) and torch.equal(out(model), adapted)
+
+    merge_and_unload(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    torch.testing.assert_close(out(model), adapted, rtol=1e-4, atol=1e-4)  # fp32 over four layers, one product for two
+
+
+CHECKS = {
+    f"the live API, {name}": lambda folder, layout=layout: live(folder, layout) for name, layout in LAYOUTS.items()
+}
+
+if __name__ == "__main__":
+    main(CHECKS)

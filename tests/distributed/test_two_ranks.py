@@ -1,0 +1,26 @@
+"""Two ranks: `collectives.py` and `live.py`, one launch for each."""
+
+from pathlib import Path
+from typing import Any
+
+import collectives
+import live
+import pytest
+from launch import launch
+
+FILES = {"collectives.py": list(collectives.CHECKS), "live.py": list(live.CHECKS)}
+
+
+@pytest.fixture(scope="module")
+def verdicts(bases: Path) -> dict[str, Any]:
+    found = {}
+    for file, checks in FILES.items():
+        folder = bases / file.removesuffix(".py")
+        folder.mkdir()
+        found.update(launch(file, ranks=2, folder=folder, checks=checks))
+    return found
+
+
+@pytest.mark.parametrize("claim", [claim for checks in FILES.values() for claim in checks])
+def test_two_ranks(verdicts: dict[str, Any], claim: str) -> None:
+    assert not verdicts[claim]["error"], verdicts[claim]["error"]
