@@ -167,15 +167,20 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             linear.lora_enabled = enabled
 
 
+def reshard(model: nn.Module) -> None:
+    """Puts the sharded parameters of FSDP2 in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def adapters_at_rest(model: nn.Module) -> list[LoRALinear]:
     """The adapted linears, with their sharded parameters in place: FSDP2 may hold some gathered after a forward.
 
     Raises:
         ValueError: There is none.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    reshard(model)
     linears = list(adapted_linears(model))
     if not linears:
         raise ValueError("The model has no LoRA adapters.")

@@ -61,7 +61,8 @@ def low_rank_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, keep = x.reshape(-1, x.shape[-1]), None if keep is None else keep.reshape(-1, x.shape[-1])
     out = _LowRankLinear.apply(rows, weight, bias, a.to(x.dtype), b.to(x.dtype), scaling, keep)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    # Not a view, as nn.Linear's result is none: FSDP2 and in-place operations downstream treat views specially.
+    return out if x.ndim == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
 
 def low_rank_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float, keep: Tensor | None = None) -> Tensor:

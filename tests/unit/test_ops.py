@@ -137,8 +137,9 @@ def test_meta_and_fake_tensors_have_the_shapes() -> None:
 
 
 def test_the_result_may_be_written_to() -> None:
-    """As that of nn.Linear: a residual added in place."""
+    """As that of nn.Linear, which is no view either: a residual added in place."""
     given = operands()
+    assert not ours(**given)._is_view() and not ours(**{**given, "x": given["x"][0]})._is_view()
     ours(**given).add_(1.0).relu_().sum().backward()
     assert given["a"].grad is not None
 

@@ -1,0 +1,258 @@
+"""Adapters from a training process to others: packages of safetensors bytes, and what receives them. No pickle.
+
+    package    the adapters' tensors; beside them, in the header, the settings of each layer, a version, the
+               fingerprint of the base and a checksum over all of it
+    receivers  `AdapterReceiver` loads a package into a model with adapters of its own;
+               `IncrementReceiver` adds the increments s · B A to the weights of a plain model
+
+A package that is damaged, not newer than the last one, of another base or of another shape is refused whole: the
+receiver stays as it was. Increments are added to the original weights each time, never to the last result, so that
+updates do not drift. The base itself is never sent.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_converter.apply import adapter_parameters, reshard
+from lora_converter.config import scaling
+from lora_converter.linear import is_linear
+from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
+
+_FIELD, _FORMAT = "lora_converter", 1
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a trainer sends.
+
+    Attributes:
+        version: Counts up with every update.
+        base: Fingerprint of the base weights, see `base_fingerprint`.
+        scalings: FQN of each adapted linear -> factor of its B A.
+        tensors: `<fqn>.lora_a.weight` (rank, in_features) and `<fqn>.lora_b.weight` (out_features, rank).
+    """
+
+    version: int
+    base: str
+    scalings: dict[str, float]
+    tensors: dict[str, torch.Tensor]
+
+
+def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None = None) -> bytes:
+    """A package of a model's adapters. A collective on sharded models: call it on all ranks, each gets the bytes.
+
+    Args:
+        version: Counts up with every update.
+        base: `base_fingerprint(model)`, or any other name that sender and receivers agree on.
+        dtype: Of the tensors sent; the adapters' own if left out.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in adapter_state_dict(model).items()}
+    configs = {
+        fqn: {"rank": config.rank, "alpha": config.alpha, "use_rslora": config.use_rslora, "dropout": config.dropout}
+        for fqn, config in adapter_configs(model).items()
+    }
+    header: dict[str, Any] = {"format": _FORMAT, "version": version, "base": base, "configs": configs}
+    header["sha256"] = _checksum(header, tensors)
+    return save(tensors, metadata={_FIELD: json.dumps(header)})
+
+
+def unpack(data: bytes) -> Package:
+    """Reads and checks a package.
+
+    Raises:
+        ValueError: It is damaged, or no package.
+    """
+    try:
+        tensors = load(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_FIELD])
+        checksum = header.pop("sha256")
+    except (SafetensorError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"This is no package of adapters, or a damaged one ({e!r}). Have it sent again.") from None
+    if checksum != _checksum(header, tensors):
+        raise ValueError("The package is damaged: its checksum is another. Have it sent again.")
+    if header["format"] != _FORMAT:
+        raise ValueError(f"The package has format {header['format']}; this version of lora_converter reads {_FORMAT}.")
+    scalings = {fqn: scaling(c["rank"], c["alpha"], c["use_rslora"]) for fqn, c in header["configs"].items()}
+    return Package(header["version"], header["base"], scalings, tensors)
+
+
+class _Receiver:
+    """Takes packages in order. `version` is that of the last one, -1 before the first.
+
+    Args:
+        model: Where they go to. Sharded or not; then every rank is given the same bytes.
+        base: What the packages' `base` must be; `base_fingerprint(model)`, of the weights as they are now, if left out.
+    """
+
+    def __init__(self, model: nn.Module, *, base: str | None = None):
+        self.model = model
+        self.base = base_fingerprint(model) if base is None else base
+        self.version = -1
+
+    def receive(self, data: bytes) -> int:
+        """Applies a package.
+
+        Returns:
+            Its version.
+
+        Raises:
+            ValueError: It is damaged, stale, of another base, or does not fit the model, which is then as it was.
+        """
+        package = unpack(data)
+        if package.base != self.base:
+            raise ValueError(f"The package is for base {package.base!r}, this model's is {self.base!r}.")
+        if package.version <= self.version:
+            raise ValueError(f"The package has version {package.version}, the model version {self.version} already.")
+        self._apply(package)
+        self.version = package.version
+        return self.version
+
+    def _apply(self, package: Package) -> None:
+        """Checks that the package fits, then writes it."""
+        raise NotImplementedError
+
+
+class AdapterReceiver(_Receiver):
+    """A model with adapters on the same linears as the sender's, of any layout."""
+
+    def _apply(self, package: Package) -> None:
+        ours = {fqn: config.scaling for fqn, config in adapter_configs(self.model).items()}
+        if ours != package.scalings:
+            other = sorted(f for f in ours.keys() | package.scalings.keys() if ours.get(f) != package.scalings.get(f))
+            raise ValueError(f"The package's linears or scalings are not this model's: {', '.join(other)}.")
+        load_adapter_state_dict(self.model, package.tensors)
+
+
+class IncrementReceiver(_Receiver):
+    """A plain model with the sender's names, of any layout: its weights become W + s · B A, in fp32 and rounded once.
+
+    The original weights of adapted linears are kept beside, from their first update on.
+    """
+
+    def __init__(self, model: nn.Module, *, base: str | None = None):
+        super().__init__(model, base=base)
+        self._originals: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def _apply(self, package: Package) -> None:
+        reshard(self.model)
+        linears = {_plain(fqn): module for fqn, module in self.model.named_modules() if is_linear(module)}
+        updates = {}
+        for fqn, factor in package.scalings.items():
+            a, b = package.tensors[f"{fqn}.lora_a.weight"], package.tensors[f"{fqn}.lora_b.weight"]
+            there = tuple(linears[fqn].weight.shape) if fqn in linears else "no linear of that name"
+            if there != (b.shape[0], a.shape[1]):
+                raise ValueError(f"{fqn} is {(b.shape[0], a.shape[1])} in the package and {there} in the model.")
+            updates[fqn] = (a, b, factor)
+        for fqn in self._originals.keys() - updates.keys():
+            linears[fqn].weight.copy_(self._originals.pop(fqn))
+        for fqn, (a, b, factor) in updates.items():
+            weight = linears[fqn].weight
+            original = self._originals.setdefault(fqn, weight.detach().clone())
+            delta = factor * (b.to(weight.device).float() @ a.to(weight.device).float())
+            if isinstance(weight, DTensor):
+                delta = distribute_tensor(delta, weight.device_mesh, weight.placements, src_data_rank=None)
+            weight.copy_(original.float() + delta)
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of a model's parameters without the adapters, the same for every layout of them.
+
+    Names, shapes and, of each, two sums over the bits of its elements as bf16, in whatever order: a base stored in fp32
+    has the fingerprint of one in bf16. One pass over the weights, and one small all-reduce per mesh dim
+    that shards them. A pipeline stage has the fingerprint of its own layers.
+    """
+    reshard(model)
+    adapters = {id(param) for param in adapter_parameters(model).values()}
+    names, sums, params = [], [], []
+    for name, param in model.named_parameters():
+        if id(param) not in adapters:
+            local = param.to_local() if isinstance(param, DTensor) else param
+            names.append(f"{_plain(name)}{tuple(param.shape)}")
+            sums.append(sum((_sums(part) for part in local.flatten().split(2**24)), torch.zeros(2, dtype=torch.int64)))
+            params.append(param)
+    _complete(sums, params)
+    text = "\n".join(sorted(f"{name} {total.tolist()}" for name, total in zip(names, sums, strict=True)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+    return torch.stack([bits.sum(dtype=torch.int64), (bits * bits).sum(dtype=torch.int64)]).cpu()
+
+
+def _complete(sums: list[torch.Tensor], params: list[nn.Parameter]) -> None:
+    """Adds up, in place, what ranks have found of their shards of each parameter."""
+    layouts: dict[Any, list[int]] = {}
+    for index, param in enumerate(params):
+        if isinstance(param, DTensor):
+            layouts.setdefault((param.device_mesh, param.placements), []).append(index)
+    for (mesh, placements), members in layouts.items():
+        table = torch.stack([sums[index] for index in members]).to(mesh.device_type)
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                dist.all_reduce(table, group=mesh.get_group(dim))
+        for index, row in zip(members, table.cpu(), strict=True):
+            sums[index] = row
+
+
+def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, group_src: int = 0) -> bytes:
+    """Sends a package to all ranks of a process group: those that trained and those that receive.
+
+    Args:
+        data: The package on the sending rank; what others give is ignored.
+        group_src: The sending rank, counted in the group.
+    """
+    sends = dist.get_rank(group) == group_src
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else "cpu"
+    size = torch.tensor([len(data) if sends and data is not None else 0], device=device)
+    dist.broadcast(size, group=group, group_src=group_src)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if sends and data is not None:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    dist.broadcast(buffer, group=group, group_src=group_src)
+    return buffer.cpu().numpy().tobytes()
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Puts a package where another process polls for it: a reader sees the old one or the new one, never a part."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return sha.hexdigest()
+
+
+def _plain(name: str) -> str:
+    """Without the names that activation checkpointing and torch.compile put between."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
