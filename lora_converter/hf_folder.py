@@ -13,20 +13,23 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-_FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Dtypes that an update can be added to, as safetensors names them. Others are codes of a quantized weight."""
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int]]]:
-    """Key -> (file, shape) of every tensor in the folder's safetensors files, read from their headers.
+def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Key -> (file, shape, dtype as safetensors names it) of every tensor in the folder, read from its files' headers.
 
     Raises:
         ValueError: There is no such file, or one is damaged.
     """
-    shapes: dict[str, tuple[Path, list[int]]] = {}
+    shapes: dict[str, tuple[Path, list[int], str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                shapes.update({key: (path, file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118
+                    entry = file.get_slice(key)
+                    shapes[key] = (path, entry.get_shape(), entry.get_dtype())
         except SafetensorError as e:
             raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
     if not shapes:
@@ -44,10 +47,10 @@ class Entry:
 
     @property
     def is_float(self) -> bool:
-        return self.dtype in _FLOATS.values()
+        return self.dtype in FLOATS.values()
 
     def cast(self, dtype: torch.dtype) -> "Entry":
-        return Entry(_FLOATS[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
+        return Entry(FLOATS[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -81,14 +84,27 @@ def write_header(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, 
 @contextmanager
 def appears_complete(folder: Path) -> Iterator[Path]:
     """A draft folder beside `folder`, which takes its place at the end; an error leaves `folder` as it was."""
-    draft = folder.with_name(folder.name + ".incomplete")
+    draft, old = (folder.with_name(folder.name + ending) for ending in (".incomplete", ".replaced"))
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
         yield draft
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(draft, folder)
+        _exchange(draft, folder, old)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(draft: Path, folder: Path, old: Path) -> None:
+    """`draft` becomes `folder`, and what was there `old`."""
+    shutil.rmtree(old, ignore_errors=True)
+    replaces = folder.is_symlink() or folder.exists()
+    if replaces:
+        os.rename(folder, old)
+    try:
+        os.rename(draft, folder)
+    except BaseException:
+        if replaces:
+            os.rename(old, folder)
         raise

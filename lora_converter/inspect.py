@@ -10,7 +10,7 @@ from lora_converter.hf_folder import weight_shapes
 from lora_converter.merge import read_merge_record
 from lora_converter.peft import PeftAdapter
 
-Weights = dict[str, tuple[Path, list[int]]]
+Weights = dict[str, tuple[Path, list[int], str]]
 
 
 def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) -> str:
@@ -57,6 +57,8 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         weight = _read(weights, key)
         parameters, size = parameters + weight.numel(), size + weight.nbytes
         flag = _flag([weight])
+        if base and key in of_base and of_base[key][1] != weights[key][1]:
+            raise ValueError(f"{key} is {tuple(weights[key][1])} in {folder} and {tuple(of_base[key][1])} in {base}.")
         update = weight.float() - _read(of_base, key).float() if base else None
         if update is not None and (flag or update.any()):
             lines.append(f"{key}  {_update(update, _read(of_base, key))}{flag}")
@@ -87,7 +89,7 @@ def _read(weights: Weights, key: str) -> torch.Tensor:
 
 
 def _flag(tensors: Iterable[torch.Tensor]) -> str:
-    tensors = list(tensors)
+    tensors = [tensor.float() for tensor in tensors]  # float8 has no isfinite
     if not all(tensor.isfinite().all() for tensor in tensors):
         return "  NOT FINITE"
     return "" if all(tensor.any() for tensor in tensors) else "  ALL ZERO"

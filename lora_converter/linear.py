@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_converter.config import LoRAConfig
@@ -189,7 +190,9 @@ class LoRALinear(nn.Module):
         for name in names + ["in_features", "out_features"] * self.lora_transposed:
             if name in {**self.__dict__, **self._modules}:
                 delattr(self, name)
-        self.__class__ = type(self).__bases__[1]
+        mro = type(self).mro()
+        plain = mro[mro.index(LoRALinear) + 1]
+        self.__class__ = subclass_with(FSDPModule, plain) if isinstance(self, FSDPModule) else plain
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As `nn.Module`'s, but leaves the factors' parameters to the factors.
@@ -229,6 +232,8 @@ def add_adapter(linear: nn.Linear, config: LoRAConfig, *, fqn: str, dtype: torch
     like = torch.empty(0, device=linear.weight.device, dtype=dtype or linear.weight.dtype)
     linear.lora_config = config  # type: ignore[assignment]
     linear.lora_fqn = fqn  # type: ignore[assignment]
+    # On the instance, since graphs of torch.compile guard on an attribute's place, too.
+    linear.lora_enabled, linear.lora_unmerged = True, None  # type: ignore[assignment]
     linear.lora_a = LoRAFactor(linear.in_features, config.rank, rank_dim=0, like=like)
     linear.lora_b = LoRAFactor(config.rank, linear.out_features, rank_dim=1, like=like)
     linear.__class__ = subclass_with(LoRALinear, type(linear))  # type: ignore[arg-type]

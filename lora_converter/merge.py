@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from lora_converter.hf_folder import appears_complete, read_header, weight_shapes, write_header
+from lora_converter.hf_folder import FLOATS, appears_complete, read_header, weight_shapes, write_header
 from lora_converter.peft import PeftAdapter, load_peft
 
 RECORD_FILE = "lora_merge.json"
@@ -29,7 +29,12 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def merge_directories(
-    base: str | Path, adapter: str | Path, output: str | Path, *, dtype: torch.dtype | None = None
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
 ) -> int:
     """Writes base + adapter to `output`.
 
@@ -38,6 +43,7 @@ def merge_directories(
         adapter: PEFT directory.
         output: Directory to make.
         dtype: Of all floating-point weights written; that of each weight of the base if left out.
+        replace: What an earlier merge wrote at `output` gives way; without it, and for anything else, it stays.
 
     Returns:
         The number of merged linears.
@@ -47,7 +53,7 @@ def merge_directories(
         ValueError: The base has no safetensors, or the adapter does not fit it; every misfit is named.
     """
     base, output = Path(base), Path(output)
-    if output.exists():
+    if output.exists() and not (replace and (output / RECORD_FILE).exists()):
         raise FileExistsError(f"{output} exists already. Remove it, or name another directory for the merged model.")
     peft = load_peft(adapter)
     shards = _plan(base, peft, adapter)
@@ -94,9 +100,11 @@ def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
             problems.append(f"{key} is not in the base")
         elif weights[key][1] != here:
             problems.append(f"{key} is {tuple(weights[key][1])} in the base and {tuple(here)} in the adapter")
+        elif weights[key][2] not in FLOATS.values():
+            problems.append(f"{key} is quantized ({weights[key][2]}); merge into an unquantized copy of the base")
     if problems:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base}: {'; '.join(problems)}.")
-    return sorted({path for path, _ in weights.values()})
+    return sorted({path for path, _, _ in weights.values()})
 
 
 def _merge_shard(source: Path, target: Path, peft: PeftAdapter, dtype: torch.dtype | None) -> None:
@@ -116,7 +124,7 @@ def _merged_rows(source: Path, key: str, peft: PeftAdapter, dtype: torch.dtype |
         weight = file.get_tensor(key)
     if not weight.numel():
         return
-    dtype = dtype if dtype and weight.is_floating_point() else weight.dtype
+    dtype = dtype if dtype and weight.dtype in FLOATS else weight.dtype
     module = key.removesuffix(".weight")
     left, right = peft.delta_factors(module) if module in peft.factors else (None, None)
     matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)

@@ -14,13 +14,15 @@ CPUs it is as fast in fp32 and slower in bf16, whose large product is not free t
 The forward is one operator of the dispatcher, `lora_converter::linear`. Selective activation checkpointing, which
 decides about operators, thus sees one large product per linear, as without an adapter (`as_plain_product`); and what it
 keeps is never written to afterwards. Under torch.compile, which fuses by itself, and for what the operation does not
-cover (trained base weights, DTensors), the composition is used, with the scale on the (tokens, rank) tensor.
+cover (trained base weights, DTensors, quantized weights), the composition is used, with the scale on the (tokens,
+rank) tensor. The operation has one derivative: no double backward, no torch.func transforms.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 Tensor = torch.Tensor
 
@@ -56,7 +58,7 @@ def low_rank_linear(
     if _needs_composition(x, weight, bias):
         return F.linear(x, weight, bias) + low_rank_update(x, a, b, scaling=scaling, keep=keep)
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype is not torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows, keep = x.reshape(-1, x.shape[-1]), None if keep is None else keep.reshape(-1, x.shape[-1])
@@ -80,7 +82,8 @@ def _small_product(x: Tensor, factor: Tensor) -> Tensor:
 
 def _needs_composition(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return trains or torch.compiler.is_compiling() or isinstance(x, DTensor) or isinstance(weight, DTensor)
+    special = isinstance(x, DTensor) or is_traceable_wrapper_subclass(weight)  # DTensors, quantized weights
+    return trains or special or torch.compiler.is_compiling()
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -132,7 +135,9 @@ def as_plain_product(func, args: tuple) -> tuple:  # type: ignore[no-untyped-def
     """
     if func is not torch.ops.lora_converter.linear.default:
         return (func, *args)
-    x, weight = args[:2]
+    x, weight, bias = args[:3]
+    if bias is not None:
+        return (torch.ops.aten.addmm.default, bias, x, weight.t())
     return (torch.ops.aten.mm.default, x, weight.t())
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from lora_converter.apply import adapted_linears
 from lora_converter.config import scaling
 from lora_converter.hf_folder import appears_complete
+from lora_converter.linear import LoRALinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -160,9 +161,12 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     A torchtitan model has names of its own: see `titan/peft_bridge.py`. A collective on sharded models.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or some on `nn.Linear` and some on `Conv1D`.
     """
     state, configs = adapter_state_dict(model), adapter_configs(model)
+    transposed = {linear.lora_transposed for linear in adapted_linears(model)}
+    if len(transposed) > 1:
+        raise ValueError("The model has adapters on nn.Linear and on Conv1D; PEFT's fan_in_fan_out is one for all.")
     config = next(iter(configs.values()))
     return PeftAdapter(
         factors={fqn: (state[f"{fqn}.lora_a.weight"], state[f"{fqn}.lora_b.weight"]) for fqn in sorted(configs)},
@@ -172,7 +176,7 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
         use_rslora=config.use_rslora,
         target_modules=sorted(configs),
         base_model=base_model,
-        fan_in_fan_out=any(linear.lora_transposed for linear in adapted_linears(model)),
+        fan_in_fan_out=transposed.pop(),
     )
 
 
@@ -188,7 +192,7 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
                 f"The adapter's scaling is {adapter.scaling:g}, that of {fqn} {config.scaling:g}: give apply_lora "
                 f"rank = {adapter.rank}, alpha = {adapter.alpha:g}, use_rslora = {adapter.use_rslora}."
             )
-    names = ("lora_a.weight", "lora_b.weight")
+    names = LoRALinear.adapter_parameter_names
     state = {f"{fqn}.{n}": f for fqn, pair in adapter.factors.items() for n, f in zip(names, pair, strict=True)}
     load_adapter_state_dict(model, state)
 

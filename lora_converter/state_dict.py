@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from lora_converter.apply import adapted_linears, adapters_at_rest
+from lora_converter.apply import adapted_linears, adapter_parameters, adapters_at_rest
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import copy_full_
 
@@ -47,17 +47,16 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Ten
 
     Args:
         state_dict: Whole tensors on every rank, or DTensors, of any floating dtype.
-        strict: Names that are no adapter of the model are an error. Without it they are left alone, as a pipeline stage
-            needs that is given the whole model's; what the model has must be there all the same.
+        strict: Names that are no adapter of the model, and a model without adapters, are an error. Without it they are
+            left alone, as a pipeline stage needs that is given the whole model's; what the model has must be there all
+            the same.
 
     Raises:
         ValueError: The model has no adapters, or names or shapes do not fit; all are named and nothing is written.
     """
-    params = {
-        f"{linear.lora_fqn}.{name}": linear.get_parameter(name)
-        for linear in adapters_at_rest(model)
-        for name in linear.adapter_parameter_names
-    }
+    if strict or adapter_parameters(model):
+        adapters_at_rest(model)
+    params = adapter_parameters(model)
     missing = sorted(params.keys() - state_dict.keys())
     unknown = sorted(state_dict.keys() - params.keys()) if strict else []
     misshapen = [

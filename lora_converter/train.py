@@ -11,13 +11,19 @@ from lora_converter.titan import cpu
 def main() -> None:
     """Trains the job that the command line describes."""
     cpu.prepare()
+    from torchtitan.config import ConfigManager
     from torchtitan.train import Trainer
     from torchtitan.train import main as torchtitan_main
 
     import lora_converter.titan.converter  # noqa: F401  registers "lora", also where the config module was forgotten
     from lora_converter.titan.job_config import require_config_module
+    from lora_converter.titan.phases import run_full_phase
 
     require_config_module(sys.argv[1:])
+    job_config = ConfigManager().parse_args(sys.argv[1:])
+    if "lora" in job_config.model.converters:
+        # torchtitan's main parses the command line that its parser saw when it was imported.
+        ConfigManager.parse_args.__defaults__ = ([*sys.argv[1:], *run_full_phase(job_config)],)
     torchtitan_main(Trainer)
 
 

@@ -212,7 +212,9 @@ def step(options: argparse.Namespace) -> Results:
     """A whole training step: data, forward, backward, clipping, AdamW. LoRA over full fine-tuning."""
     from bench_trainer import parameters, trainer_step
 
-    times = paired({kind: trainer_step(kind, *options.options) for kind in ("lora", "full")}, options.rounds, "cpu")
+    times = paired(
+        {kind: trainer_step(kind, *options.options) for kind in ("lora", "full")}, options.rounds, options.device
+    )
     ratio = statistics.median(a / b for a, b in zip(times["lora"], times["full"], strict=True))
     return [{"parameters": parameters(), "lora/full": ratio, "full_ms": 1e3 * statistics.median(times["full"])}]
 
@@ -294,6 +296,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     options = _parser().parse_args()
+    options.json = options.json and options.json.resolve()  # `step` changes the directory
     results = {"layer": layer, "step": step, "memory": memory, "comm": comm}[options.part](options)
     where = f"{_device(options.device)}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"\n{options.part}, {where}")

@@ -32,9 +32,10 @@ from lora_converter.peft import is_peft_directory, save_peft
 from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
+from lora_converter.titan.metrics import log_phase
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
-from lora_converter.titan.ranks import gather_all
+from lora_converter.titan.ranks import agreed, gather_all, together
 from lora_converter.titan.states import ModelSubset, OptimizerState
 from lora_converter.titan.step_folder import describe_step
 
@@ -55,6 +56,8 @@ class LoRACheckpointManager(CheckpointManager):
         trainer = self.states[TRAIN_STATE]  # nothing else of ours is handed the trainer
         self.parallel_dims, self.job_config, self.model_parts = trainer.parallel_dims, trainer.job_config, model_parts
         divide_pipeline_gradients(trainer)
+        if self.settings.full_phase.steps > 0:
+            log_phase(trainer, 2)
         trainer.metrics_processor.num_flops_per_token -= model_parts[0].lora_flops_not_spent
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
         self._merge: Callable[[], None] | None = None
@@ -81,18 +84,12 @@ class LoRACheckpointManager(CheckpointManager):
             Whether anything was loaded.
 
         Raises:
-            ValueError: A folder lacks keys or has other shapes; nothing was loaded then.
-            FileNotFoundError: `step` was asked for and is not there.
+            ValueError: On all ranks, if on one a folder is not there, lacks keys or has other shapes; nothing was
+                loaded then.
         """
         if not self.enable:
             return False
-        if step == -1:
-            step = self._find_load_step()
-        elif not os.path.isdir(self._create_checkpoint_id(step)):
-            raise FileNotFoundError(
-                f"checkpoint.load_step = {step}: there is no {self._create_checkpoint_id(step)}. "
-                "Leave it at -1 for the newest step."
-            )
+        step = agreed(self._find_step(step), f"The step to resume from in {self.folder}")
         loads: list[Callable[[], None]] = []  # every check comes before the first load
         if self.base_source:
             loads.append(self._check_base(self.base_source))
@@ -105,6 +102,20 @@ class LoRACheckpointManager(CheckpointManager):
         if self._dropout:
             self._dropout.continue_after(max(step, 0))
         return bool(loads)
+
+    def _find_step(self, step: int) -> int:
+        if step == -1:
+            return self._find_load_step()
+        path = self._create_checkpoint_id(step)
+
+        def check() -> None:
+            if not os.path.isdir(path):
+                raise ValueError(
+                    f"checkpoint.load_step = {step}: there is no {path}. Leave it at -1 for the newest step."
+                )
+
+        together(check)
+        return step
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """torchtitan's `save`, which the trainer calls after every step."""
@@ -139,7 +150,7 @@ class LoRACheckpointManager(CheckpointManager):
     def _write_merged(self, adapter: str, output: str) -> None:
         assert self.base_source is not None
         logger.info(f"LoRA: merging into {output}.")
-        merge_directories(self.base_source, adapter, output)
+        merge_directories(self.base_source, adapter, output, replace=True)
         logger.info(f"LoRA: wrote the merged model to {output}.")
 
     @torch.no_grad()
@@ -165,11 +176,11 @@ class LoRACheckpointManager(CheckpointManager):
         what = f"The base in {path}"
         if self.initial_load_in_hf:
             base = HuggingFaceBase(self.sd_adapter, path, state_dict, quantized=self.initial_load_in_hf_quantized)
-            _check_fits(base.wanted(), base.metadata(), what)
+            _check_fits(base.wanted(), together(base.metadata), what)
             read = base.load
         else:
             reader = _dcp_reader(path, BASE_OPTION)
-            _check_fits(state_dict, reader.read_metadata(), what)
+            _check_fits(state_dict, together(reader.read_metadata), what)
 
             def read() -> dict[str, Any]:
                 dcp.load(state_dict, storage_reader=reader)
@@ -183,11 +194,11 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _check_initial_adapter(self, path: str) -> Callable[[], None]:
         """Checks another run's adapters against the model; what it returns loads them."""
-        if is_peft_directory(path):
+        if agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
             return self._check_peft(path)
         reader = _dcp_reader(path, ADAPTER_OPTION)
         state_dict = self.adapters.state_dict()
-        _check_fits(state_dict, reader.read_metadata(), f"{ADAPTER_OPTION}: {path}")
+        _check_fits(state_dict, together(reader.read_metadata), f"{ADAPTER_OPTION}: {path}")
 
         def load() -> None:
             logger.info(f"LoRA: starting from the adapters in {path}.")
@@ -216,7 +227,7 @@ class LoRACheckpointManager(CheckpointManager):
     def _check_step(self, step: int) -> Callable[[], None]:
         """Checks a step of this run against the model and the base source; what it returns loads it."""
         path = self._create_checkpoint_id(step)
-        stored = _dcp_reader(path, "checkpoint.load_step").read_metadata()
+        stored = together(_dcp_reader(path, "checkpoint.load_step").read_metadata)
         names = stored.state_dict_metadata
         model_only = step == 0  # a seed checkpoint
         stores_base = any(name in names for name in self.base.state_dict())
@@ -269,10 +280,13 @@ def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, 
 
 
 def _dcp_reader(path: str, option: str) -> FileSystemReader:
-    if not os.path.isfile(os.path.join(path, ".metadata")):
-        hint = _HINTS.get(option, "")
-        raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
-    return FileSystemReader(path)
+    def check() -> FileSystemReader:
+        if not os.path.isfile(os.path.join(path, ".metadata")):
+            hint = _HINTS.get(option, "")
+            raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
+        return FileSystemReader(path)
+
+    return together(check)
 
 
 def _check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:

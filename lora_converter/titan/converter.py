@@ -21,8 +21,14 @@ from lora_converter.linear import subclass_with
 from lora_converter.peft import is_peft_directory
 from lora_converter.titan import checkpoint, optimizer
 from lora_converter.titan.flops import flops_not_spent
-from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_settings
-from lora_converter.titan.peft_bridge import check_exportable, linear_shapes, load_peft_everywhere, settings_of_peft
+from lora_converter.titan.job_config import MISSING_CONFIG_MODULE, LoRA, check_phase, check_settings
+from lora_converter.titan.peft_bridge import (
+    check_exportable,
+    check_mergeable,
+    linear_shapes,
+    load_peft_everywhere,
+    settings_of_peft,
+)
 from lora_converter.titan.precision import keep_cast_weights, store_frozen_in_compute_dtype
 from lora_converter.titan.ranks import agreed, together
 from lora_converter.titan.selective_ac import count_as_products
@@ -67,7 +73,9 @@ class LoRAConverter:
             raise ValueError(MISSING_CONFIG_MODULE)
         check_converter_order(job_config.model.converters)
         together(lambda: check_settings(job_config))
+        check_phase(job_config)
         warn_of_wrong_router_gradients(parallel_dims)
+        check_float8(job_config, parallel_dims)
         self.job_config, self.parallel_dims = job_config, parallel_dims
         self.config: LoRA = job_config.lora
         self.model_name = f"{job_config.model.name}/{job_config.model.flavor}"
@@ -88,8 +96,7 @@ class LoRAConverter:
                 freeze_float8_linears(model)
             adapted = apply_lora(model, self.config, seed=self.seed, dtype=self.adapter_dtype)
             if self.job_config.checkpoint.enable and self.job_config.checkpoint.last_save_in_hf:
-                fqns = [linear.lora_fqn for linear in adapted]
-                check_exportable(self._state_dict_adapter(model), linear_shapes(model), fqns)
+                self._check_results(model, [linear.lora_fqn for linear in adapted])
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, self.job_config, self.parallel_dims)
@@ -98,6 +105,14 @@ class LoRAConverter:
         model.lora_flops_not_spent = flops_not_spent(model, self.job_config.training.seq_len)  # type: ignore[assignment]
         model.__class__ = subclass_with(LoRAModel, type(model))  # type: ignore[arg-type]
         logger.info(describe(count_parameters(model), self.config))
+
+    def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
+        """That what is to be written at the end can be, before the training."""
+        adapter, linears = self._state_dict_adapter(model), linear_shapes(model)
+        check_exportable(adapter, linears, adapted)
+        if self.config.save_merged and adapter is not None:
+            base = self.job_config.checkpoint.initial_load_path or self.job_config.model.hf_assets_path
+            together(lambda: check_mergeable(adapter, linears, adapted, base))
 
     def _settings_of_peft(self, model: nn.Module) -> LoRA:
         adapter = self._state_dict_adapter(model)
@@ -134,6 +149,21 @@ def check_converter_order(converters: list[str]) -> None:
 
 def _quantizes(name: str) -> bool:
     return issubclass(model_converter._registry_model_converter_cls[name], QuantizationConverter)
+
+
+def check_float8(job_config, parallel_dims: ParallelDims) -> None:
+    """Refuses the one float8 layout in which adapters would be given float8 inputs.
+
+    Raises:
+        ValueError: Tensorwise float8 under tensor parallelism: torchtitan casts the inputs of its linears before them.
+    """
+    if FLOAT8 not in job_config.model.converters or not parallel_dims.tp_enabled:
+        return
+    if job_config.quantize.linear.float8.recipe_name not in ("rowwise", "rowwise_with_gw_hp"):
+        raise ValueError(
+            "quantize.linear.float8 with tensor parallelism: torchtitan casts the inputs of tensorwise float8 linears "
+            'before they reach the adapters. Set quantize.linear.float8.recipe_name = "rowwise".'
+        )
 
 
 def warn_of_wrong_router_gradients(parallel_dims: ParallelDims) -> None:

@@ -4,15 +4,16 @@ torchao's `Float8Linear` is made for weights that train. In eager mode it comput
 asks for it, keeps the input for that, and casts the weight in every forward and backward. Under torch.compile the
 compiler drops what is not used, so there torchao's own forward is taken. Remove when torchao looks at `requires_grad`.
 
-The cast weight is kept only where the weight itself is whole on this rank. Under FSDP2 it is gathered for each use, and
-a copy that stays would undo the sharding.
+The cast weight is kept beside the weight, a byte per element (two with rowwise scales, which differ for the backward),
+and only where FSDP2 does not shard: there a weight is gathered for each use, and a copy that stays would undo that.
 """
 
 from typing import Any
 
 import torch
 import torch.nn as nn
-from torchao.float8.config import ScalingType
+from torch.distributed.tensor import DTensor
+from torchao.float8.config import ScalingGranularity, ScalingType
 from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
@@ -24,6 +25,8 @@ from lora_converter.linear import subclass_with
 class FrozenFloat8Linear(nn.Linear):
     """What a `Float8Linear`'s class gains when its weight is frozen. Never constructed: the class is swapped."""
 
+    config: Any
+    linear_mm_config: Any
     keeps_cast_weight = False
     """Set when the model has been sharded, see `precision.py`."""
 
@@ -41,17 +44,20 @@ class FrozenFloat8Linear(nn.Linear):
 
     @torch.no_grad()
     def _cast_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Wᵀ in float8 for the forward and for the gradient of the input, of the weight as it is now."""
-        version = (self.weight.data_ptr() if type(self.weight.data) is torch.Tensor else 0, self.weight._version)
+        """Wᵀ in float8 for the forward and for the gradient of the input; one tensor where both are cast alike.
+
+        A weight that was written to is cast again, but what is written through `.data` is not seen.
+        """
+        local = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        version = (local.data_ptr(), local._version)
         if self._cast is None or self._cast[0] != version:
-            weight_t = self.weight.t()
-            self._cast = (
-                version,
-                (
-                    _to_float8(weight_t, "weight", self.config, self.linear_mm_config),
-                    _to_float8(weight_t, "weight_for_grad_input", self.config, self.linear_mm_config),
-                ),
-            )
+            weight_t, config = self.weight.t(), self.config
+            forward = backward = _to_float8(weight_t, "weight", config, self.linear_mm_config)
+            of_backward = config.cast_config_weight_for_grad_input
+            axiswise = of_backward.scaling_granularity is ScalingGranularity.AXISWISE
+            if of_backward != config.cast_config_weight or axiswise:
+                backward = _to_float8(weight_t, "weight_for_grad_input", config, self.linear_mm_config)
+            self._cast = version, (forward, backward)
         return self._cast[1]
 
 

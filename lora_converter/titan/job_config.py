@@ -17,8 +17,34 @@ MISSING_CONFIG_MODULE = (
     'add custom_config_module = "lora_converter.titan" under [job].'
 )
 
+FULL_PHASE_FOLDER = "_full_phase"
+"""Added to the names of the folders of phase 1."""
+
 PARTS = (MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 """What a checkpoint is made of, in torchtitan's names."""
+
+
+@dataclass
+class FullPhase:
+    """`[lora.full_phase]`: every weight is trained first, and the adapters then on the result (see `phases.py`)."""
+
+    steps: int = 0
+    """Steps that train every weight before the adapters; 0 for none. Needs lora_converter.train."""
+
+    dataset: str = ""
+    """Dataset of these steps; that of [training] if empty."""
+
+    dataset_path: str = ""
+    """Its path; that of [training] if empty."""
+
+    lr: float = 0.0
+    """Learning rate of these steps; that of [optimizer] if 0."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"lora.full_phase.steps = {self.steps}: must be at least 0.")
+        if self.lr < 0:
+            raise ValueError(f"lora.full_phase.lr = {self.lr}: must be at least 0.")
 
 
 @dataclass
@@ -38,6 +64,9 @@ class LoRA(LoRAConfig):
     At the end also write base + adapter as a Hugging Face directory, checkpoint/merged-N beside the PEFT directory
     step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
     """
+
+    full_phase: FullPhase = field(default_factory=FullPhase)
+    """A phase before, in which every weight is trained."""
 
     def __post_init__(self) -> None:
         if self.exclude_modules == [""]:  # what `--lora.exclude_modules ""` gives: torchtitan splits at commas
@@ -69,6 +98,26 @@ def require_config_module(args: list[str]) -> None:
         raise ValueError(MISSING_CONFIG_MODULE)
 
 
+def full_phase_result(job_config) -> str:
+    """The folder of the last checkpoint of phase 1, the base of phase 2."""
+    folder = job_config.checkpoint.folder + FULL_PHASE_FOLDER
+    return os.path.join(job_config.job.dump_folder, folder, f"step-{job_config.lora.full_phase.steps}")
+
+
+def check_phase(job_config) -> None:
+    """Refuses a job of two phases that was started where only the second would run.
+
+    Raises:
+        ValueError: The base is not the result of the first phase.
+    """
+    steps = job_config.lora.full_phase.steps
+    if steps > 0 and job_config.checkpoint.initial_load_path != full_phase_result(job_config):
+        raise ValueError(
+            f"lora.full_phase.steps = {steps}: torchtitan's own entry trains one phase. Start the job with "
+            "`torchrun ... -m lora_converter.train`."
+        )
+
+
 def check_settings(job_config) -> None:
     """Refuses settings of the host that cannot work with adapters, before any weight exists.
 
@@ -87,6 +136,19 @@ def check_settings(job_config) -> None:
     if adapter and not os.path.isdir(adapter):
         raise ValueError(
             f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder or a PEFT directory."
+        )
+    if job_config.lora.full_phase.steps > 0 and not config.enable:
+        raise ValueError("lora.full_phase hands its result on as a checkpoint: set checkpoint.enable = true.")
+    parallelism = job_config.parallelism
+    if (
+        job_config.lora.full_phase.steps > 0
+        and config.initial_load_in_hf
+        and parallelism.tensor_parallel_degree > 1
+        and parallelism.data_parallel_shard_degree != 1
+    ):
+        raise ValueError(
+            "lora.full_phase with checkpoint.initial_load_in_hf = true under FSDP2 x TP: torchtitan 0.2.2 loads the "
+            "base of that phase, and may give it other rows of q and k there. Convert the base to DCP first."
         )
     if path and not config.initial_load_model_only:
         raise ValueError(

@@ -9,6 +9,7 @@ Names, row orders and splits are the StateDictAdapter's (`naming.py`).
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseStateDictAdapter
 
 from lora_converter.config import LoRAConfig
+from lora_converter.hf_folder import FLOATS, weight_shapes
 from lora_converter.linear import LoRAFactor
 from lora_converter.peft import PeftAdapter, digest, load_peft
 from lora_converter.titan.job_config import LoRA
@@ -87,6 +89,26 @@ def check_exportable(adapter: BaseStateDictAdapter | None, linears: LinearShapes
             f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {len(nameless)} "
             f"adapted linears: {', '.join(nameless)}. Name them in lora.exclude_modules, or leave last_save_in_hf at "
             "false."
+        )
+
+
+def check_mergeable(adapter: BaseStateDictAdapter, linears: LinearShapes, adapted: Iterable[str], base: str) -> None:
+    """The same for merging: every adapted linear's weight is in the base's files, and not quantized.
+
+    Raises:
+        ValueError: Some are not; all are named.
+    """
+    weights = weight_shapes(Path(base))
+    names = [
+        f"{name}.weight"
+        for fqn in adapted
+        for name in hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
+    ]
+    wrong = [name for name in names if name not in weights or weights[name][2] not in FLOATS.values()]
+    if wrong:
+        raise ValueError(
+            f"lora.save_merged: {len(wrong)} adapted weights are not in {base}, or quantized there: "
+            f"{', '.join(wrong)}. Name their linears in lora.exclude_modules, or leave save_merged at false."
         )
 
 

@@ -12,18 +12,18 @@ def together(check: Callable[[], T]) -> T:
     """Runs `check` on every rank and returns its result, if it passes on all.
 
     Raises:
-        ValueError: It raised ValueError or OSError on some rank; the message says what and where.
+        ValueError: It raised on some rank; the message says what and where.
     """
-    result, error = None, ""
+    result, error = None, None
     try:
         result = check()
-    except (ValueError, OSError) as e:
-        error = str(e)
-    errors = gather_all(error)
+    except Exception as e:
+        error = e
+    errors = gather_all(None if error is None else str(error) or repr(error))
     failed = [rank for rank, message in enumerate(errors) if message]
     if failed:
         where = "" if len(failed) == len(errors) else f"Rank {', '.join(map(str, failed))} of {len(errors)}: "
-        raise ValueError(where + errors[failed[0]])
+        raise ValueError(f"{where}{errors[failed[0]]}") from error
     return result  # type: ignore[return-value]
 
 

@@ -22,9 +22,14 @@ def count_as_products(model: nn.Module) -> None:
 
 def _translated(context_fn):  # type: ignore[no-untyped-def]
     def contexts():  # type: ignore[no-untyped-def]
-        caching, cached = context_fn()
-        policy = caching.policy_fn
-        caching.policy_fn = lambda ctx, func, *args, **kwargs: policy(ctx, *as_plain_product(func, args), **kwargs)
-        return caching, cached
+        modes = context_fn()
+        for mode in modes:  # before torch 2.13 the mode of the recomputation asked the policy once more
+            if getattr(mode, "policy_fn", None) is not None:
+                mode.policy_fn = _asked_about_products(mode.policy_fn)
+        return modes
 
     return contexts
+
+
+def _asked_about_products(policy):  # type: ignore[no-untyped-def]
+    return lambda ctx, func, *args, **kwargs: policy(ctx, *as_plain_product(func, args), **kwargs)

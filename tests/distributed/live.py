@@ -18,8 +18,11 @@ from lora_converter import (
     count_parameters,
     disable_adapter,
     load_adapter_state_dict,
+    merge_adapter,
     merge_and_unload,
+    unmerge_adapter,
 )
+from lora_converter.apply import reshard
 
 LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
 
@@ -40,10 +43,15 @@ def out(model: Any) -> torch.Tensor:
     return result.full_tensor() if hasattr(result, "full_tensor") else result
 
 
+def on_rank(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def live(folder: Path, layout: list[str]) -> None:
     _, base = loaded(folder / "base", layout, BASE_CONFIG)
     expected = out(base)
-    run, model = loaded(folder / "lora", layout, CONFIG)
+    # The output head too: FSDP2 shards it as a module of its own, and swaps its class.
+    run, model = loaded(folder / "lora", [*layout, "--lora.target_modules=all-linear,output"], CONFIG)
     fill_b(run)
     adapted = out(model)
 
@@ -71,6 +79,16 @@ def live(folder: Path, layout: list[str]) -> None:
     with disable_adapter(model):
         assert torch.equal(out(model), expected)
     assert not torch.equal(out(model), expected) and torch.equal(out(model), adapted)
+
+    reshard(model)
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    merge_adapter(model)
+    torch.testing.assert_close(out(model), adapted, rtol=1e-4, atol=1e-4)  # as below
+    unmerge_adapter(model)
+    reshard(model)
+    restored = [p for p in model.parameters() if not p.requires_grad]
+    assert all(torch.equal(on_rank(a), on_rank(b)) for a, b in zip(frozen, restored, strict=True))
+    assert torch.equal(out(model), adapted)
 
     merge_and_unload(model)
     assert not any(isinstance(module, LoRALinear) for module in model.modules())

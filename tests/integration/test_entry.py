@@ -28,7 +28,14 @@ def test_every_option_can_be_set_on_the_command_line(tmp_path: Path) -> None:
         "--lora.target_modules=wq,attention.wk",
         "--lora.exclude_modules=layers.0.*",
         "--lora.initial_adapter_path=/some/step",
+        "--lora.save_merged",
+        "--lora.full_phase.steps=5",
+        "--lora.full_phase.lr=0.5",
+        "--lora.full_phase.dataset=c4",
+        "--lora.full_phase.dataset_path=/data",
     ).lora
+    phase = lora.full_phase
+    assert lora.save_merged and (phase.steps, phase.lr, phase.dataset, phase.dataset_path) == (5, 0.5, "c4", "/data")
     assert (lora.rank, lora.alpha, lora.dropout, lora.use_rslora) == (8, 4.0, 0.1, True)
     assert (lora.target_modules, lora.exclude_modules) == (["wq", "attention.wk"], ["layers.0.*"])
     assert lora.initial_adapter_path == "/some/step" and lora.scaling == 4 / 8**0.5
@@ -46,6 +53,10 @@ def test_help_explains_every_option() -> None:
         "--lora.use-rslora": "Scale the update by alpha / sqrt(rank)",
         "--lora.target-modules": "Linears that get an adapter: 'all-linear'",
         "--lora.exclude-modules": "Linears that get none although target_modules names them.",
+        "--lora.save-merged": "At the end also write base + adapter as a Hugging Face directory",
+        "--lora.full-phase.steps": "Steps that train every weight before the adapters; 0 for none.",
+        "--lora.full-phase.lr": "Learning rate of these steps",
+        "--lora.full-phase.dataset": "Dataset of these steps",
         "--lora.initial-adapter-path": "Adapters that this run starts from: a step folder",
     }.items():
         assert option in shown.replace("_", "-") and text in shown, option

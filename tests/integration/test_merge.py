@@ -1,6 +1,7 @@
 """Merged weights against PEFT's own merge, in plain transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,29 @@ def test_inspect_flags_weights_that_are_not_finite(folders: Path, capsys) -> Non
     shown = capsys.readouterr().out
     assert shown.startswith("no record of a merge\n") and shown.count("NOT FINITE") == 1
     assert shown.splitlines()[-1].startswith(f"{name}  ")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_base_is_refused_and_its_other_tensors_survive_a_cast(
+    folders: Path, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next(p for p in (folders / "base").glob("*.safetensors") if any("q_proj" in key for key in load_file(p)))
+    tensors = load_file(path)
+    adapted, other = (next(key for key in tensors if name in key) for name in ("q_proj.weight", "v_proj.weight"))
+    save_file({**tensors, adapted: tensors[adapted].to(dtype)}, path, metadata={"format": "pt"})
+    assert f"{adapted} is quantized" in refused(folders, capsys)
+    save_file({**tensors, other: tensors[other].to(dtype)}, path, metadata={"format": "pt"})
+    merged = load_file(merge(folders, "--dtype", "bfloat16") / path.name)
+    assert merged[other].dtype is dtype and merged[adapted].dtype is torch.bfloat16
+
+
+def test_inspect_names_a_weight_of_another_shape(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = next((folders / "base").glob("*.safetensors"))
+    shutil.copytree(folders / "base", folders / "other")
+    changed = {key: value[:1].clone() for key, value in load_file(path).items()}
+    save_file(changed, folders / "other" / path.name, metadata={"format": "pt"})
+    assert main(["inspect", str(folders / "base"), "--base", str(folders / "other")]) == 1
+    assert " in F/base and (1,) in F/other" in capsys.readouterr().err.replace(str(folders), "F")
 
 
 def refused(folders: Path, capsys: pytest.CaptureFixture[str], **other: Path) -> str:

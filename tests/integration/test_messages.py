@@ -159,6 +159,14 @@ def test_checkpoint_settings_that_cannot_work_are_refused(options: list[str], me
     assert message_of(tmp_path, *options) == message
 
 
+def test_float8_inputs_under_tensor_parallelism_are_refused(tmp_path: Path) -> None:
+    dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=2, pp=1, ep=1, etp=1, world_size=2)
+    options = ["--checkpoint.initial_load_path=", "--model.converters=quantize.linear.float8,lora"]
+    with pytest.raises(ValueError, match=r"Set quantize\.linear\.float8\.recipe_name = .rowwise"):
+        LoRAConverter(parse(tmp_path, *options), dims)
+    LoRAConverter(parse(tmp_path, *options, "--quantize.linear.float8.recipe_name=rowwise"), dims)
+
+
 def test_the_checks_happen_when_converters_are_built_before_the_model_is_touched(tmp_path: Path) -> None:
     config = parse(tmp_path, "--model.converters=lora,lora")
     with pytest.raises(ValueError, match="stands twice"):

@@ -16,6 +16,7 @@ from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 from lora_converter import LoRALinear, adapter_parameters
 from lora_converter.apply import adapted_linears
+from lora_converter.linear import LoRAFactor
 from lora_converter.titan.converter import LoRAConverter
 
 FLOAT8 = ["--model.converters=quantize.linear.float8,lora", "--quantize.linear.float8.emulate"]
@@ -146,7 +147,8 @@ def test_one_rank_stores_frozen_linears_in_bf16_and_computes_what_autocast_compu
         if name == "lora":
             model = run.trainer.model_parts[0]
             stored = {n for n, p in model.named_parameters() if p.dtype == torch.bfloat16}
-            linears = {f"{n}.weight" for n, m in model.named_modules() if type(m) in (LoRALinear, torch.nn.Linear)}
+            modules = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            linears = {f"{n}.weight" for n, m in modules.items() if not isinstance(m, LoRAFactor)}
             assert stored == linears - ({"output.weight"} if tied else set())
         finish(run)
         first_losses += run.losses

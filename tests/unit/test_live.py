@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 from hf_models import tiny_llama, tiny_qwen3
 from peft import PeftModel
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_converter import (
@@ -121,9 +123,13 @@ def test_disabled_it_is_the_base_bit_for_bit_and_then_itself_again(pair) -> None
 def test_compiled_too_with_a_graph_for_either_state(pair) -> None:
     base, model, x = pair
     torch._dynamo.reset()
-    model.compile()
+    graphs = CompileCounterWithBackend("inductor")
+    model.compile(backend=graphs)
     base.compile()
+    out(model, x)
+    enabled = graphs.frame_count
     check_disabled(base, model, x)
+    assert graphs.frame_count == 2 * enabled
 
 
 def check_disabled(base: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
@@ -136,6 +142,27 @@ def check_disabled(base: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
                 assert torch.equal(out(model, x), expected)
             assert torch.equal(out(model, x), expected)
         assert torch.equal(out(model, x), adapted)
+
+
+class Operators(TorchDispatchMode):
+    """The operators that run, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_disabled_it_runs_the_bases_operators_and_no_other(pair) -> None:
+    base, model, x = pair
+    with Operators() as of_base:
+        out(base, x)
+    with disable_adapter(model), Operators() as disabled:
+        out(model, x)
+    assert disabled.names == of_base.names
 
 
 def test_an_exception_leaves_it_as_the_end_does(pair) -> None:

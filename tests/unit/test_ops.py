@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lora_converter import LoRAConfig, apply_lora
 from lora_converter.ops import as_plain_product, linear_kernel, low_rank_linear
@@ -311,6 +312,24 @@ def test_policies_are_asked_about_the_bases_product() -> None:
     assert func is torch.ops.aten.mm.default and [arg.shape for arg in args] == [(5, 8), (8, 6)]
     other = (torch.ops.aten.mul.Tensor, x, x)
     assert as_plain_product(other[0], other[1:]) == other
+
+
+def test_a_biased_linear_is_asked_about_as_addmm() -> None:
+    """Which is what it runs without an adapter, and what torchtitan's policy does not count."""
+    x, weight, bias = torch.empty(5, 8), torch.empty(6, 8), torch.empty(6)
+    func, *args = as_plain_product(torch.ops.lora_converter.linear.default, (x, weight, bias, None, None, 1.0, None))
+    assert func is torch.ops.aten.addmm.default and [arg.shape for arg in args] == [(6,), (5, 8), (8, 6)]
+
+
+def test_quantized_weights_and_fp64_are_left_to_their_own_linear() -> None:
+    quantized = nn.Sequential(nn.Linear(32, 32, bias=False))
+    quantize_(quantized, Int8WeightOnlyConfig())
+    x = torch.randn(4, 32)
+    expected = quantized(x)
+    apply_lora(quantized, LoRAConfig(rank=RANK), dtype=torch.float32)
+    assert torch.equal(quantized(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(**in_fp64(operands())).dtype is torch.float64
 
 
 def test_compiled_it_is_the_formula() -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import struct
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_a_full_disk_leaves_no_half_adapter_and_the_old_one(where: str, folder: 
             save_peft(an_adapter(rank=2), target, replace=True)
     assert not (tmp_path / "new").exists() and load_peft(folder).rank == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_old_adapter_that_cannot_be_moved_away_stays_and_so_does_its_whole(folder: Path) -> None:
+    """A file in use on a network disk: nothing is deleted before the new one is in place."""
+    with mock.patch("lora_converter.hf_folder.os.rename", side_effect=OSError("busy")), pytest.raises(OSError):
+        save_peft(an_adapter(rank=2), folder, replace=True)
+    assert load_peft(folder).rank == 3
+    rename, calls = os.rename, []
+
+    def fail_second(source, target):  # type: ignore[no-untyped-def]
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("busy")
+        rename(source, target)
+
+    with mock.patch("lora_converter.hf_folder.os.rename", fail_second), pytest.raises(OSError):
+        save_peft(an_adapter(rank=2), folder, replace=True)
+    assert load_peft(folder).rank == 3 and [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
 
 def rewrite(folder: Path, **settings: object) -> None:

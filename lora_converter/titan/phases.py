@@ -1,0 +1,77 @@
+"""Two phases in one job: all weights first, then adapters on the result.
+
+    phase 1    torchtitan's own training of every weight, for lora.full_phase.steps, in <checkpoint.folder>_full_phase
+    phase 2    the LoRA job, whose base is the last checkpoint of phase 1, in <checkpoint.folder>
+
+Each is a run of its own, with an optimizer and a schedule of its own, that resumes from its own folder; phase 1 is
+over when its last checkpoint is complete. So a job that is killed anywhere and launched again continues where it was,
+and the model at the start of phase 2 is the model at the end of phase 1, since the update of new adapters is zero.
+"""
+
+import copy
+import gc
+import os
+from typing import Any
+
+from torchtitan.tools.logging import init_logger, logger
+from torchtitan.train import Trainer
+
+from lora_converter.titan.job_config import FULL_PHASE_FOLDER, check_settings, full_phase_result
+from lora_converter.titan.metrics import log_phase
+
+
+def run_full_phase(job_config: Any) -> list[str]:
+    """Trains phase 1, if the job has one and it is not over.
+
+    Returns:
+        Options that make the job phase 2, to be added to its command line.
+
+    Raises:
+        ValueError: The job's settings cannot work; nothing was trained then.
+    """
+    phase = job_config.lora.full_phase
+    if phase.steps == 0 or job_config.checkpoint.create_seed_checkpoint:
+        return []
+    init_logger()
+    check_settings(job_config)
+    result = full_phase_result(job_config)
+    if os.path.isfile(os.path.join(result, ".metadata")):
+        logger.info(f"LoRA: phase 1 of 2 is over, its result is {result}.")
+    else:
+        logger.info(f"LoRA: phase 1 of 2, all weights, {phase.steps} steps.")
+        _train(full_phase_config(job_config))
+    logger.info(f"LoRA: phase 2 of 2, adapters, {job_config.training.steps} steps.")
+    return [
+        f"--checkpoint.initial_load_path={result}",
+        "--checkpoint.no-initial_load_in_hf",
+        "--checkpoint.no-initial_load_in_hf_quantized",
+    ]
+
+
+def full_phase_config(job_config: Any) -> Any:
+    """The job as phase 1 runs it."""
+    config = copy.deepcopy(job_config)
+    phase = config.lora.full_phase
+    config.model.converters = [name for name in config.model.converters if name != "lora"]
+    config.training.steps = phase.steps
+    config.training.dataset = phase.dataset or config.training.dataset
+    config.training.dataset_path = phase.dataset_path or config.training.dataset_path
+    config.optimizer.lr = phase.lr or config.optimizer.lr
+    config.lr_scheduler.total_steps = None
+    config.metrics.save_tb_folder += FULL_PHASE_FOLDER
+    checkpoint = config.checkpoint
+    checkpoint.folder += FULL_PHASE_FOLDER
+    checkpoint.load_step = -1
+    checkpoint.last_save_model_only, checkpoint.last_save_in_hf, checkpoint.export_dtype = True, False, "float32"
+    return config
+
+
+def _train(config: Any) -> None:
+    trainer = Trainer(config)
+    log_phase(trainer, 1)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
+    del trainer
+    gc.collect()  # its weights and optimizer, before phase 2 needs the memory
