@@ -12,7 +12,9 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,25 @@ def save_peft(
     with appears_complete(folder) as draft:
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
         (draft / CONFIG_FILE).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True))
+
+
+def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    """Replaces the files of a PEFT directory in place, for an engine that loads it while it is being updated.
+
+    Each file is replaced at once, so a reader sees an old one or a new one, never a part; between updates of one run
+    only the weights differ. `save_peft` makes the directory, and exchanges whole ones.
+
+    Raises:
+        ValueError: The factors do not fit the adapter's rank, or `folder` is no PEFT directory.
+    """
+    folder = Path(folder)
+    if not is_peft_directory(folder):
+        raise ValueError(f"{folder} is no PEFT directory yet. Write the first with save_peft.")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as draft:
+        save_peft(adapter, Path(draft) / "new", dtype=dtype)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if (Path(draft) / "new" / name).read_bytes() != (folder / name).read_bytes():
+                os.replace(Path(draft) / "new" / name, folder / name)
 
 
 def load_peft(folder: str | Path) -> PeftAdapter:

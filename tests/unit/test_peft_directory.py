@@ -1,10 +1,12 @@
 """The PEFT directory: written whole, read strictly. PEFT itself is the peer in integration/test_peft.py."""
 
+import dataclasses
 import errno
 import json
 import os
 import random
 import struct
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -13,7 +15,7 @@ import torch
 from mutation import mutate
 from safetensors.torch import load_file, save_file
 
-from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, load_peft, save_peft
+from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, load_peft, save_peft, update_peft
 
 PREFIX = "base_model.model.model.layers.0"
 
@@ -105,6 +107,31 @@ def test_an_old_adapter_that_cannot_be_moved_away_stays_and_so_does_its_whole(fo
     with mock.patch("lora_converter.hf_folder.os.rename", fail_second), pytest.raises(OSError):
         save_peft(an_adapter(rank=2), folder, replace=True)
     assert load_peft(folder).rank == 3 and [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+def test_an_update_in_place_never_shows_a_reader_a_part(folder: Path) -> None:
+    """A reader polls while adapters are written over each other: every one it sees is one that was written."""
+    written, seen, stop = set(), [], threading.Event()
+
+    def poll() -> None:
+        while not stop.is_set():
+            a, _ = load_peft(folder).factors["model.layers.0.mlp.up_proj"]
+            seen.append(float(a[0, 0]))
+
+    adapter = an_adapter()
+    written.add(float(adapter.factors["model.layers.0.mlp.up_proj"][0][0, 0]))
+    reader = threading.Thread(target=poll)
+    reader.start()
+    for number in range(50):
+        factors = {module: (a.fill_(number), b) for module, (a, b) in adapter.factors.items()}
+        update_peft(dataclasses.replace(adapter, factors=factors), folder)
+        written.add(float(number))
+    stop.set()
+    reader.join()
+    assert len(set(seen)) > 2 and set(seen) <= written
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+    with pytest.raises(ValueError, match="is no PEFT directory yet"):
+        update_peft(adapter, folder.parent / "new")
 
 
 def rewrite(folder: Path, **settings: object) -> None:
