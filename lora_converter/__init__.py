@@ -17,7 +17,12 @@ from lora_converter.apply import (
 )
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRALinear
-from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
+from lora_converter.state_dict import (
+    adapter_configs,
+    adapter_state_dict,
+    load_adapter_state_dict,
+    split_state_dict,
+)
 
 __all__ = [
     "LoRAConfig",
@@ -34,5 +39,6 @@ __all__ = [
     "merge_adapter",
     "merge_and_unload",
     "reset_adapters",
+    "split_state_dict",
     "unmerge_adapter",
 ]

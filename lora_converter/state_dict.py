@@ -5,6 +5,7 @@ rank). A pipeline stage has those of its own layers. Loading checks every name a
 """
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -14,10 +15,22 @@ from lora_converter.apply import adapted_linears, adapter_parameters, adapters_a
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import copy_full_
 
+T = TypeVar("T")
+
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """FQN of each adapted linear -> its adapter's settings: `.rank`, `.alpha`, `.dropout`, `.scaling`."""
     return {linear.lora_fqn: linear.lora_config for linear in adapted_linears(model)}
+
+
+def split_state_dict(state_dict: Mapping[str, T], model: nn.Module) -> tuple[dict[str, T], dict[str, T]]:
+    """A model's state dict as two: its adapters' entries, and the rest, which is the base's own state dict.
+
+    Entries are told apart by what the model declares to be an adapter's, whatever their names contain.
+    """
+    names = adapter_parameters(model).keys()
+    adapter = {name: value for name, value in state_dict.items() if name in names}
+    return adapter, {name: value for name, value in state_dict.items() if name not in names}
 
 
 @torch.no_grad()

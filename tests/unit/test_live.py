@@ -23,6 +23,7 @@ from lora_converter import (
     load_adapter_state_dict,
     merge_adapter,
     merge_and_unload,
+    split_state_dict,
     unmerge_adapter,
 )
 from lora_converter.merge import merge_directories
@@ -80,6 +81,21 @@ def test_a_state_dict_carries_a_model_to_another(pair) -> None:
     assert not torch.equal(out(model, x), expected)
     load_adapter_state_dict(model, state)  # so the state dict is a copy, too
     assert torch.equal(out(model, x), expected)
+
+
+def test_a_state_dict_is_split_into_the_adapters_and_the_bases_own(pair) -> None:
+    base, model, _ = pair
+    adapter, rest = split_state_dict(model.state_dict(), model)
+    assert adapter.keys() == adapter_parameters(model).keys()
+    assert rest.keys() == base.state_dict().keys()
+    base.load_state_dict(rest)
+
+
+def test_a_base_weight_whose_name_looks_like_an_adapters_stays_the_bases() -> None:
+    model = nn.ModuleDict({"lora_a": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    apply_lora(model, LoRAConfig(rank=2, target_modules=["head"]))
+    adapter, rest = split_state_dict(model.state_dict(), model)
+    assert set(adapter) == {"head.lora_a.weight", "head.lora_b.weight"} and "lora_a.weight" in rest
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_written(pair) -> None:

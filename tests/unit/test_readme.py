@@ -4,6 +4,9 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
+
+from harness import ConfigManager
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +22,20 @@ def test_the_snippets_run_one_after_the_other_and_print_what_their_comments_say(
             exec(block, namespace)
         promised = [a or b for a, b in re.findall(r"^print\(.*\n# (.*)|^print\(.*?\)  +# (.*)", block, re.M)]
         assert printed.getvalue().splitlines() == promised
+
+
+def test_the_toml_blocks_are_jobs_that_parse(tmp_path: Path) -> None:
+    blocks = re.findall(r"```toml\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    config = parse_toml(tmp_path, blocks[0])
+    assert (config.lora.rank, config.checkpoint.initial_load_in_hf, config.model.converters) == (16, True, ["lora"])
+    phase = parse_toml(tmp_path, '[job]\ncustom_config_module = "lora_converter.titan"\n' + blocks[1]).lora.full_phase
+    assert (phase.steps, phase.lr, phase.dataset, phase.dataset_path) == (1000, 1e-5, "c4", "")
+
+
+def parse_toml(folder: Path, text: str) -> Any:
+    (folder / "job.toml").write_text(text)
+    return ConfigManager().parse_args(["--job.config_file", str(folder / "job.toml")])
 
 
 def test_every_link_to_a_file_leads_to_one() -> None:
