@@ -10,7 +10,6 @@ machines mean little. --json FILE and --picture FILE keep the results.
 """
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
@@ -25,85 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-
-from lora_converter import LoRAConfig, LoRALinear, apply_lora
-from lora_converter.linear import subclass_with
+from bench_block import PEERS, Block, rank_sized_products
 
 Results = list[dict[str, Any]]
-
-RANK, ALPHA = 16, 32
-
-
-class Block(nn.Module):
-    """The seven linears of a Llama block with the cheap parts between them; attention is left out.
-
-    x: (tokens, width) -> (tokens, width).
-    """
-
-    def __init__(self, width: int, kv_width: int, hidden: int):
-        super().__init__()
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wk = nn.Linear(width, kv_width, bias=False)
-        self.wv = nn.Linear(width, kv_width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norms[0](x)
-        repeat = self.wq.out_features // self.wk.out_features
-        x = x + self.wo(self.wq(h) + (self.wk(h) * self.wv(h)).repeat(1, repeat))
-        h = self.norms[1](x)
-        return x + self.w2(F.silu(self.w1(h)) * self.w3(h))
-
-
-class ScaleOnOutput(LoRALinear):
-    """The composition as it is written most often."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight) + self.lora_config.scaling * self.lora_b(self.lora_a(x))
-
-
-def frozen(block: Block) -> nn.Module:
-    return block.requires_grad_(False)
-
-
-def full(block: Block) -> nn.Module:
-    return block
-
-
-def ours(block: Block) -> nn.Module:
-    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA)):
-        linear.lora_b.weight.data.normal_(std=0.01)
-    return block
-
-
-def scale_on_output(block: Block) -> nn.Module:
-    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA)):
-        linear.lora_b.weight.data.normal_(std=0.01)
-        linear.__class__ = subclass_with(ScaleOnOutput, nn.Linear)
-    return block
-
-
-def peft(block: Block) -> nn.Module:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
-    dtype = block.wq.weight.dtype
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, init_lora_weights=False)
-    return inject_adapter_in_model(config, block.requires_grad_(False)).to(dtype)
-
-
-PEERS: dict[str, Callable[[Block], nn.Module]] = {
-    "frozen": frozen,
-    "ours": ours,
-    "scale on output": scale_on_output,
-    **({"PEFT": peft} if importlib.util.find_spec("peft") else {}),
-    "full": full,
-}
 
 
 def layer(options: argparse.Namespace) -> Results:
@@ -144,33 +67,6 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
         found["overhead ours/PEFT"] = (ratios["ours"] - 1) / (ratios["PEFT"] - 1)
         found["products alone/PEFT"] = ratios["products alone"] / (ratios["PEFT"] - 1)
     return found
-
-
-def rank_sized_products(block: Block, tokens: int) -> Callable[[], None]:
-    """The six products of every adapter alone, each onto memory that is there: what no implementation goes below.
-
-    Its time is to be compared with an overhead, not with the frozen block's.
-    """
-    calls = []
-    for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
-        like = linear.weight.detach()
-        x, dy = (
-            like.new_empty(tokens, linear.in_features).normal_(),
-            like.new_empty(tokens, linear.out_features).normal_(),
-        )
-        a, b = like.new_empty(RANK, linear.in_features).normal_(), like.new_empty(linear.out_features, RANK).normal_()
-        calls.append((x, dy, a, b, x @ a.t(), dy @ b, torch.zeros_like(dy), torch.zeros_like(x)))
-
-    def step() -> None:
-        for x, dy, a, b, s, ds, y, dx in calls:
-            torch.mm(x, a.t(), out=s)
-            y.addmm_(s, b.t())
-            torch.mm(dy, b, out=ds)
-            dy.t() @ s
-            ds.t() @ x
-            dx.addmm_(ds, a)
-
-    return step
 
 
 def _forward_backward(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:

@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, TRAIN_STATE, CheckpointManager
 from torchtitan.tools.logging import logger
 
@@ -29,22 +27,16 @@ from lora_converter.apply import adapter_parameters
 from lora_converter.linear import copy_full_
 from lora_converter.merge import merge_directories
 from lora_converter.peft import is_peft_directory, save_peft
+from lora_converter.titan.dcp_folder import ADAPTER_OPTION, BASE_OPTION, check_fits, dcp_reader, union_over_ranks
 from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.metrics import log_phase
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
-from lora_converter.titan.ranks import agreed, gather_all, together
+from lora_converter.titan.ranks import agreed, together
 from lora_converter.titan.states import ModelSubset, OptimizerState
 from lora_converter.titan.step_folder import describe_step
-
-BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
-
-_HINTS = {
-    BASE_OPTION: " For a Hugging Face folder set checkpoint.initial_load_in_hf = true.",
-    ADAPTER_OPTION: " It has no adapter_config.json either, so it is no PEFT directory.",
-}
 
 
 class LoRACheckpointManager(CheckpointManager):
@@ -176,11 +168,11 @@ class LoRACheckpointManager(CheckpointManager):
         what = f"The base in {path}"
         if self.initial_load_in_hf:
             base = HuggingFaceBase(self.sd_adapter, path, state_dict, quantized=self.initial_load_in_hf_quantized)
-            _check_fits(base.wanted(), together(base.metadata), what)
+            check_fits(base.wanted(), together(base.metadata), what)
             read = base.load
         else:
-            reader = _dcp_reader(path, BASE_OPTION)
-            _check_fits(state_dict, together(reader.read_metadata), what)
+            reader = dcp_reader(path, BASE_OPTION)
+            check_fits(state_dict, together(reader.read_metadata), what)
 
             def read() -> dict[str, Any]:
                 dcp.load(state_dict, storage_reader=reader)
@@ -196,9 +188,9 @@ class LoRACheckpointManager(CheckpointManager):
         """Checks another run's adapters against the model; what it returns loads them."""
         if agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
             return self._check_peft(path)
-        reader = _dcp_reader(path, ADAPTER_OPTION)
+        reader = dcp_reader(path, ADAPTER_OPTION)
         state_dict = self.adapters.state_dict()
-        _check_fits(state_dict, together(reader.read_metadata), f"{ADAPTER_OPTION}: {path}")
+        check_fits(state_dict, together(reader.read_metadata), f"{ADAPTER_OPTION}: {path}")
 
         def load() -> None:
             logger.info(f"LoRA: starting from the adapters in {path}.")
@@ -213,7 +205,7 @@ class LoRACheckpointManager(CheckpointManager):
         _, linears = gather_adapter({}, self.model_parts, self.parallel_dims)
         shared = [linears]
         dist.broadcast_object_list(shared)
-        adapted = _union_over_ranks(adapted_fqns(self.adapters.state_dict()))
+        adapted = union_over_ranks(adapted_fqns(self.adapters.state_dict()))
         peft = load_peft_everywhere(path)
         state_dict = from_peft(self.sd_adapter, peft, shared[0], adapted=adapted, what=path)
 
@@ -227,7 +219,7 @@ class LoRACheckpointManager(CheckpointManager):
     def _check_step(self, step: int) -> Callable[[], None]:
         """Checks a step of this run against the model and the base source; what it returns loads it."""
         path = self._create_checkpoint_id(step)
-        stored = together(_dcp_reader(path, "checkpoint.load_step").read_metadata)
+        stored = together(dcp_reader(path, "checkpoint.load_step").read_metadata)
         names = stored.state_dict_metadata
         model_only = step == 0  # a seed checkpoint
         stores_base = any(name in names for name in self.base.state_dict())
@@ -249,7 +241,7 @@ class LoRACheckpointManager(CheckpointManager):
                 "checkpoint.load_step."
             )
         if MODEL not in self.exclude_from_loading:
-            _check_fits(self.states[MODEL].state_dict(), stored, path)
+            check_fits(self.states[MODEL].state_dict(), stored, path)
 
         def load() -> None:
             logger.info(f"LoRA: resuming from {path}.")
@@ -277,34 +269,3 @@ def _new_manager(cls: type, dataloader=None, model_parts: Any = (), *args: Any, 
             "lora_converter.titan.checkpoint.LoRACheckpointManager, or use torchtitan's own."
         )
     return object.__new__(LoRACheckpointManager if converted and cls is CheckpointManager else cls)
-
-
-def _dcp_reader(path: str, option: str) -> FileSystemReader:
-    def check() -> FileSystemReader:
-        if not os.path.isfile(os.path.join(path, ".metadata")):
-            hint = _HINTS.get(option, "")
-            raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
-        return FileSystemReader(path)
-
-    return together(check)
-
-
-def _check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:
-    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape."""
-    missing, misshapen = [], []
-    for name, tensor in wanted.items():
-        entry = stored.state_dict_metadata.get(name)
-        if entry is None:
-            missing.append(name)
-        elif isinstance(entry, TensorStorageMetadata) and entry.size != tensor.shape:
-            misshapen.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} in the model")
-    missing, misshapen = _union_over_ranks(missing), _union_over_ranks(misshapen)
-    if missing or misshapen:
-        found = [f"{len(missing)} keys are missing: {', '.join(missing)}."] if missing else []
-        found += [f"{len(misshapen)} keys have another shape: {', '.join(misshapen)}."] if misshapen else []
-        raise ValueError(f"{what} does not fit the model. {' '.join(found)} Check model.flavor and the folder.")
-
-
-def _union_over_ranks(names: list[str]) -> list[str]:
-    """Names found on any rank: pipeline stages see different keys, and all ranks must raise or none."""
-    return list(dict.fromkeys(name for part in gather_all(names) for name in part))

@@ -1,0 +1,47 @@
+"""A folder against what the model needs of it: one verdict on all ranks, before anything is loaded."""
+
+import os
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lora_converter.titan.ranks import gather_all, together
+
+BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
+
+_HINTS = {
+    BASE_OPTION: " For a Hugging Face folder set checkpoint.initial_load_in_hf = true.",
+    ADAPTER_OPTION: " It has no adapter_config.json either, so it is no PEFT directory.",
+}
+
+
+def dcp_reader(path: str, option: str) -> FileSystemReader:
+    def check() -> FileSystemReader:
+        if not os.path.isfile(os.path.join(path, ".metadata")):
+            hint = _HINTS.get(option, "")
+            raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
+        return FileSystemReader(path)
+
+    return together(check)
+
+
+def check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:
+    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape."""
+    missing, misshapen = [], []
+    for name, tensor in wanted.items():
+        entry = stored.state_dict_metadata.get(name)
+        if entry is None:
+            missing.append(name)
+        elif isinstance(entry, TensorStorageMetadata) and entry.size != tensor.shape:
+            misshapen.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} in the model")
+    missing, misshapen = union_over_ranks(missing), union_over_ranks(misshapen)
+    if missing or misshapen:
+        found = [f"{len(missing)} keys are missing: {', '.join(missing)}."] if missing else []
+        found += [f"{len(misshapen)} keys have another shape: {', '.join(misshapen)}."] if misshapen else []
+        raise ValueError(f"{what} does not fit the model. {' '.join(found)} Check model.flavor and the folder.")
+
+
+def union_over_ranks(names: list[str]) -> list[str]:
+    """Names found on any rank: pipeline stages see different keys, and all ranks must raise or none."""
+    return list(dict.fromkeys(name for part in gather_all(names) for name in part))
