@@ -167,6 +167,11 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
             linear.lora_enabled = enabled
 
 
+def plain_fqn(fqn: str) -> str:
+    """A name without what activation checkpointing and torch.compile put into it."""
+    return fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def reshard(model: nn.Module) -> None:
     """Puts the sharded parameters of FSDP2 in place."""
     for module in model.modules():

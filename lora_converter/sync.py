@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_converter.apply import adapter_parameters, reshard
+from lora_converter.apply import adapter_parameters, plain_fqn, reshard
 from lora_converter.config import scaling
 from lora_converter.linear import is_linear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
@@ -152,7 +152,7 @@ class IncrementReceiver(_Receiver):
     @torch.no_grad()
     def _apply(self, package: Package) -> None:
         reshard(self.model)
-        linears = {_plain(fqn): module for fqn, module in self.model.named_modules() if is_linear(module)}
+        linears = {plain_fqn(fqn): module for fqn, module in self.model.named_modules() if is_linear(module)}
         updates = {}
         for fqn, factor in package.scalings.items():
             a, b = package.tensors[f"{fqn}.lora_a.weight"], package.tensors[f"{fqn}.lora_b.weight"]
@@ -185,7 +185,7 @@ def base_fingerprint(model: nn.Module) -> str:
     for name, param in model.named_parameters():
         if id(param) not in adapters:
             local = param.to_local() if isinstance(param, DTensor) else param
-            names.append(f"{_plain(name)}{tuple(param.shape)}")
+            names.append(f"{plain_fqn(name)}{tuple(param.shape)}")
             sums.append(sum((_sums(part) for part in local.flatten().split(2**24)), torch.zeros(2, dtype=torch.int64)))
             params.append(param)
     _complete(sums, params)
@@ -251,8 +251,3 @@ def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
         sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         sha.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return sha.hexdigest()
-
-
-def _plain(name: str) -> str:
-    """Without the names that activation checkpointing and torch.compile put between."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

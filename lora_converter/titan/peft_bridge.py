@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import BaseStateDictAdapter
 
+from lora_converter.apply import plain_fqn
 from lora_converter.config import LoRAConfig
 from lora_converter.hf_folder import FLOATS, weight_shapes
 from lora_converter.linear import LoRAFactor
@@ -216,10 +217,7 @@ def gather_adapter(
 def linear_shapes(model: nn.Module) -> LinearShapes:
     """All linears of a model but the adapters' own, without the names that AC and torch.compile put between."""
     return {
-        fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""): (
-            module.out_features,
-            module.in_features,
-        )
+        plain_fqn(fqn): (module.out_features, module.in_features)
         for fqn, module in model.named_modules()
         if isinstance(module, nn.Linear) and not isinstance(module, LoRAFactor)
     }

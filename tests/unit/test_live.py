@@ -1,5 +1,6 @@
 """Adapters of a live model, a plain one and transformers' own: taken out, put in, switched off, merged for good."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_disabled_it_is_the_base_bit_for_bit_and_then_itself_again(pair) -> None
     check_disabled(base, model, x)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
 @pytest.mark.parametrize("pair", ["plain", "llama"], indirect=True)
 def test_compiled_too_with_a_graph_for_either_state(pair) -> None:
     base, model, x = pair

@@ -1,6 +1,7 @@
 """The low-rank linear as one operation: against fp64 autograd of the formula, PEFT's layer, and by exact counts."""
 
 import math
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -332,6 +333,7 @@ def test_quantized_weights_and_fp64_are_left_to_their_own_linear() -> None:
         assert ours(**in_fp64(operands())).dtype is torch.float64
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
 def test_compiled_it_is_the_formula() -> None:
     torch._dynamo.reset()
     given = operands()
