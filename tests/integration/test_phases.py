@@ -127,8 +127,11 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def train_with_kills(folder: Path, ranks: int, kills: int, *options: str) -> list[int]:
-    """Launches until the job ends by itself; each of the first launches is killed at a random moment of its progress.
+def train_with_kills(folder: Path, ranks: int, moments: list[int], *options: str) -> list[int]:
+    """Launches until the job ends by itself; each of the first launches is killed a little after a moment of its own.
+
+    Args:
+        moments: Lines of progress, counted from a launch on; every rank writes its own.
 
     Returns:
         The phase of each kill.
@@ -136,37 +139,38 @@ def train_with_kills(folder: Path, ranks: int, kills: int, *options: str) -> lis
     rng, killed = random.Random(0), []
     while True:
         process, progress, log = launch(folder, ranks, *options), [], []
-        moment = rng.randint(1, 6)
         assert process.stdout is not None
         for line in process.stdout:
             log.append(line)
             progress += [line] * any(event in line for event in EVENTS)
-            if len(killed) < kills and len(progress) == moment:
+            if len(killed) < len(moments) and len(progress) == moments[len(killed)]:
                 killed.append(2 if any("phase 2 of 2" in seen for seen in progress) else 1)
                 time.sleep(rng.uniform(0, 0.2))
                 kill(folder)
                 break
         else:
             process.communicate()
-            assert process.returncode == 0 and len(killed) == kills, "".join(log)[-3000:]
+            assert process.returncode == 0 and len(killed) == len(moments), "".join(log)[-3000:]
             return killed
         process.communicate()
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kills", "options"),
-    [(1, 12, []), (4, 2, ["--parallelism.tensor_parallel_degree=2"])],
+    ("ranks", "moments", "options"),
+    [
+        (1, random.Random(0).choices(range(1, 7), k=12), []),
+        (4, [10, 70], ["--parallelism.tensor_parallel_degree=2"]),
+    ],
     ids=["1 rank", "FSDP2 x TP2"],
 )
 def test_killed_anywhere_it_ends_where_it_would_have_ended(
-    ranks: int, kills: int, options: list[str], tmp_path: Path
+    ranks: int, moments: list[int], options: list[str], tmp_path: Path
 ) -> None:
-    train_with_kills(tmp_path / "whole", ranks, 0, *options)
-    killed = train_with_kills(tmp_path / "killed", ranks, kills, *options)
+    train_with_kills(tmp_path / "whole", ranks, [], *options)
+    killed = train_with_kills(tmp_path / "killed", ranks, moments, *options)
     whole, pieces = (adapter_of(tmp_path / name) for name in ("whole", "killed"))
     assert len(whole) == 84 and whole.keys() == pieces.keys()
-    if ranks == 1:
-        assert set(killed) == {1, 2}
+    assert set(killed) == {1, 2}
     for name, value in whole.items():
         if ranks == 1:
             assert torch.equal(value, pieces[name]), (name, killed)
