@@ -166,6 +166,11 @@ def check_settings(job_config) -> None:
             f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "
             f"are {', '.join(PARTS)}."
         )
+    if job_config.lora.save_merged and job_config.lora.full_phase.steps > 0:
+        raise ValueError(
+            "lora.save_merged = true with lora.full_phase: the adapters' base is that phase's result, a DCP folder, "
+            "and there is no Hugging Face folder to merge into. Leave save_merged at false."
+        )
     if job_config.lora.save_merged and not (config.last_save_in_hf and config.initial_load_in_hf):
         raise ValueError(
             "lora.save_merged = true merges the last step's PEFT directory into a Hugging Face base: set "

@@ -13,9 +13,12 @@ import gc
 import os
 from typing import Any
 
+import torch
+from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
+from lora_converter.apply import apply_lora
 from lora_converter.titan.job_config import FULL_PHASE_FOLDER, check_settings, full_phase_result
 from lora_converter.titan.metrics import log_phase
 
@@ -34,6 +37,7 @@ def run_full_phase(job_config: Any) -> list[str]:
         return []
     init_logger()
     check_settings(job_config)
+    _check_targets(job_config)
     result = full_phase_result(job_config)
     if os.path.isfile(os.path.join(result, ".metadata")):
         logger.info(f"LoRA: phase 1 of 2 is over, its result is {result}.")
@@ -46,6 +50,16 @@ def run_full_phase(job_config: Any) -> list[str]:
         "--checkpoint.no-initial_load_in_hf",
         "--checkpoint.no-initial_load_in_hf_quantized",
     ]
+
+
+def _check_targets(job_config: Any) -> None:
+    """Selects the linears of phase 2 on a model without weights: a wrong name is told before phase 1, not after it."""
+    spec = get_train_spec(job_config.model.name)
+    args = spec.model_args[job_config.model.flavor]
+    args.update_from_config(job_config)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    apply_lora(model, job_config.lora)
 
 
 def full_phase_config(job_config: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from lora_converter.titan.job_config import full_phase_result
 from lora_converter.titan.metrics import log_phase
-from lora_converter.titan.phases import full_phase_config
+from lora_converter.titan.phases import full_phase_config, run_full_phase
 
 TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
 PHASES = ["--checkpoint.initial_load_path=", "--lora.full_phase.steps=4", "--lora.full_phase.lr=1e-3"]
@@ -62,6 +62,10 @@ def test_the_phase_is_in_the_metrics() -> None:
     ("options", "message"),
     [
         (
+            ["--lora.full_phase.steps=3", "--lora.save_merged", "--checkpoint.initial_load_path=/"],
+            "lora.save_merged = true with lora.full_phase: the adapters' base is that phase's result, a DCP folder",
+        ),
+        (
             ["--lora.full_phase.steps=3"],
             "lora.full_phase.steps = 3: torchtitan's own entry trains one phase. Start the",
         ),
@@ -84,6 +88,12 @@ def test_a_job_of_two_phases_that_cannot_work_is_refused(options: list[str], mes
     with pytest.raises(ValueError) as error:
         LoRAConverter(parse(tmp_path, "--checkpoint.initial_load_path=", *options), None)
     assert str(error.value).startswith(message)
+
+
+def test_a_wrong_target_is_told_before_the_first_phase(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora\.target_modules: 'wkv' matches no linear"):
+        run_full_phase(parse(tmp_path, *PHASES, "--lora.target_modules=wkv"))
+    assert not list(tmp_path.iterdir())
 
 
 STEPS = 12
