@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora
-from lora_converter.sync import IncrementReceiver, base_fingerprint, pack
+from lora_converter.fingerprint import base_fingerprint
+from lora_converter.sync import IncrementReceiver, pack
 
 WIDTH, LAYERS, RANKS, UPDATES = 256, 4, 2, 3
 

@@ -1,17 +1,15 @@
-"""Hugging Face directories as files: what weights one holds, and writing one so that it appears whole or not at all."""
+"""Hugging Face directories as files: what weights one holds, and the headers of safetensors files."""
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from lora_converter.files import check_regular
 
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Dtypes that an update can be added to, as safetensors names them. Others are codes of a quantized weight."""
@@ -25,6 +23,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
     """
     shapes: dict[str, tuple[Path, list[int], str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
+        check_regular(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
@@ -81,30 +80,11 @@ def write_header(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, 
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-@contextmanager
-def appears_complete(folder: Path) -> Iterator[Path]:
-    """A draft folder beside `folder`, which takes its place at the end; an error leaves `folder` as it was."""
-    draft, old = (folder.with_name(folder.name + ending) for ending in (".incomplete", ".replaced"))
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        _exchange(draft, folder, old)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(draft: Path, folder: Path, old: Path) -> None:
-    """`draft` becomes `folder`, and what was there `old`."""
-    shutil.rmtree(old, ignore_errors=True)
-    replaces = folder.is_symlink() or folder.exists()
-    if replaces:
-        os.rename(folder, old)
-    try:
-        os.rename(draft, folder)
-    except BaseException:
-        if replaces:
-            os.rename(old, folder)
-        raise
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file of floating-point tensors of one dtype. safetensors' own writer shuffles the metadata."""
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    entries = {name: Entry(FLOATS[value.dtype], list(value.shape), value.nbytes) for name, value in ordered.items()}
+    with open(path, "wb") as file:
+        write_header(file, entries, metadata)
+        for value in ordered.values():
+            file.write(value.view(torch.uint8).numpy().data if value.numel() else b"")

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from lora_converter.hf_folder import FLOATS, appears_complete, read_header, weight_shapes, write_header
+from lora_converter.files import appears_complete, read_json
+from lora_converter.hf_folder import FLOATS, read_header, weight_shapes, write_header
 from lora_converter.peft import PeftAdapter, load_peft
 
 RECORD_FILE = "lora_merge.json"
@@ -83,7 +84,7 @@ def read_merge_record(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
         return {name: kind(record[name]) for name, kind in _RECORD.items()}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e!r}). Remove it to inspect the weights without it.") from None
@@ -138,17 +139,17 @@ def _merged_rows(source: Path, key: str, peft: PeftAdapter, dtype: torch.dtype |
 
 def _copy_the_rest(base: Path, draft: Path, dtype: torch.dtype | None) -> None:
     for path in base.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):
+        if path.is_file() and not path.name.endswith(_WEIGHTS):  # links too: Hugging Face's cache is made of them
             shutil.copyfile(path, draft / path.name)
     if dtype is None:
         return
     config, index = draft / "config.json", draft / "model.safetensors.index.json"
     if config.exists():
-        fields = json.loads(config.read_text())
+        fields = read_json(config)
         fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
         config.write_text(json.dumps(fields, indent=2) + "\n")
     if index.exists():
-        fields = json.loads(index.read_text())
+        fields = read_json(index)
         shards = [read_header(path)[0] for path in draft.glob("*.safetensors")]
         fields.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in shard.values())
         index.write_text(json.dumps(fields, indent=2) + "\n")

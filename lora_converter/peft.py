@@ -14,19 +14,20 @@ import logging
 import math
 import os
 import re
-import tempfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from lora_converter.apply import adapted_linears
 from lora_converter.config import scaling
-from lora_converter.hf_folder import appears_complete
+from lora_converter.files import REPLACED, appears_complete, check_regular, read_json, remove
+from lora_converter.hf_folder import write_tensors
 from lora_converter.linear import LoRALinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
@@ -34,6 +35,8 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 PEFT_VERSION = "0.21.2"
 """Of the format that is written."""
+
+_FINGERPRINT = "lora_converter.base_fingerprint"
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,16 @@ _MUST_BE: dict[str, tuple] = {
     "use_qalora": (False,),
 }
 """Settings of PEFT's that change what an adapter computes or holds, and their values without effect."""
+
+
+_KINDS: dict[str, tuple[str, Any]] = {
+    "base_model_name_or_path": ("a string", str),
+    "fan_in_fan_out": ("true or false", bool),
+    "lora_dropout": ("a number", int | float),
+    "target_modules": ("a string or a list of strings", str | list),
+    "use_rslora": ("true or false", bool),
+}
+"""What else is read of the settings; null, and leaving it out, give its default."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,8 @@ class PeftAdapter:
     base_model: str = ""
     fan_in_fan_out: bool = False
     """The weights of the base are (in_features, out_features): transformers' GPT-2."""
+    base_fingerprint: str = ""
+    """Of the base in the trainer's names (`fingerprint.py`), in the header of the weights; empty if not known."""
 
     @property
     def scaling(self) -> float:
@@ -111,12 +126,13 @@ def save_peft(
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
     _check_factors(adapter, str(folder))
     tensors = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype).contiguous()
+        f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype)
         for module, factors in sorted(adapter.factors.items())
         for letter, factor in zip("AB", factors, strict=True)
     }
     with appears_complete(folder) as draft:
-        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        fingerprint = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
+        write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **fingerprint})
         (draft / CONFIG_FILE).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True))
 
 
@@ -132,11 +148,15 @@ def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype 
     folder = Path(folder)
     if not is_peft_directory(folder):
         raise ValueError(f"{folder} is no PEFT directory yet. Write the first with save_peft.")
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as draft:
-        save_peft(adapter, Path(draft) / "new", dtype=dtype)
+    draft = folder.with_name(f"{folder.name}.update")
+    remove(draft)
+    try:
+        save_peft(adapter, draft, dtype=dtype)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if (Path(draft) / "new" / name).read_bytes() != (folder / name).read_bytes():
-                os.replace(Path(draft) / "new" / name, folder / name)
+            if (draft / name).read_bytes() != (folder / name).read_bytes():
+                os.replace(draft / name, folder / name)
+    finally:
+        remove(draft)
 
 
 def load_peft(folder: str | Path) -> PeftAdapter:
@@ -148,7 +168,8 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     folder = Path(folder)
     config = _read_config(folder)
     factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in _read_tensors(folder).items():
+    tensors, metadata = _read_tensors(folder)
+    for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise ValueError(
@@ -168,6 +189,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         target_modules=_as_list(config.get("target_modules")),
         base_model=config.get("base_model_name_or_path") or "",
         fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
+        base_fingerprint=metadata.get(_FINGERPRINT, ""),
     )
     _check_factors(adapter, str(folder))
     broken = [m for m, pair in adapter.factors.items() if not all(factor.isfinite().all() for factor in pair)]
@@ -251,16 +273,16 @@ def _config(adapter: PeftAdapter) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        killed = folder.with_name(folder.name + REPLACED)
+        hint = f" {killed} is what a writer that was killed left of the last one: rename it back." * killed.is_dir()
+        raise ValueError(
+            f"{folder} is not a folder. Name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.{hint}"
+        )
     path = folder / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG_FILE}, so it is no PEFT directory.") from None
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} cannot be read as JSON ({e}).") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object.")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type = {config.get('peft_type')!r}; only 'LORA' is supported.")
     for name, harmless in _MUST_BE.items():
@@ -269,21 +291,32 @@ def _read_config(folder: Path) -> dict[str, Any]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"{path}: r = {rank!r}; it must be an integer of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-        raise ValueError(f"{path}: lora_alpha = {alpha!r}; it must be a number above 0.")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
+        raise ValueError(f"{path}: lora_alpha = {alpha!r}; it must be a finite number above 0.")
+    for name, (allowed, kinds) in _KINDS.items():
+        if not isinstance(config.get(name), kinds | None):
+            raise ValueError(f"{path}: {name} = {config[name]!r}; it must be {allowed}.")
+    if not 0 <= (config.get("lora_dropout") or 0) < 1:
+        raise ValueError(f"{path}: lora_dropout = {config['lora_dropout']!r}; it must be at least 0 and below 1.")
+    if not all(isinstance(name, str) for name in _as_list(config.get("target_modules"))):
+        raise ValueError(f"{path}: target_modules = {config['target_modules']!r}; they must be names.")
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of the weights file, and what its header says beside them."""
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
+    if not path.exists():
         pickled = (
             " adapter_model.bin is there, but pickled weights are not read: a pickle can run code."
             * (folder / "adapter_model.bin").exists()
         )
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}.{pickled}")
+    check_regular(path)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        return load_file(path), metadata
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
 

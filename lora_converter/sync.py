@@ -12,8 +12,6 @@ updates do not drift. The base itself is never sent.
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_converter.apply import adapter_parameters, plain_fqn, reshard
+from lora_converter.apply import plain_fqn, reshard
 from lora_converter.config import scaling
+from lora_converter.files import write_whole
+from lora_converter.fingerprint import base_fingerprint
 from lora_converter.linear import is_linear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
@@ -171,48 +171,6 @@ class IncrementReceiver(_Receiver):
             weight.copy_(original.float() + delta)
 
 
-@torch.no_grad()
-def base_fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits of a model's parameters without the adapters, the same for every layout of them.
-
-    Names, shapes and, of each, two sums over the bits of its elements as bf16, in whatever order: a base stored in fp32
-    has the fingerprint of one in bf16. One pass over the weights, and one small all-reduce per mesh dim
-    that shards them. A pipeline stage has the fingerprint of its own layers.
-    """
-    reshard(model)
-    adapters = {id(param) for param in adapter_parameters(model).values()}
-    names, sums, params = [], [], []
-    for name, param in model.named_parameters():
-        if id(param) not in adapters:
-            local = param.to_local() if isinstance(param, DTensor) else param
-            names.append(f"{plain_fqn(name)}{tuple(param.shape)}")
-            sums.append(sum((_sums(part) for part in local.flatten().split(2**24)), torch.zeros(2, dtype=torch.int64)))
-            params.append(param)
-    _complete(sums, params)
-    text = "\n".join(sorted(f"{name} {total.tolist()}" for name, total in zip(names, sums, strict=True)))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _sums(values: torch.Tensor) -> torch.Tensor:
-    bits = values.to(torch.bfloat16).view(torch.int16).to(torch.int32)
-    return torch.stack([bits.sum(dtype=torch.int64), (bits * bits).sum(dtype=torch.int64)]).cpu()
-
-
-def _complete(sums: list[torch.Tensor], params: list[nn.Parameter]) -> None:
-    """Adds up, in place, what ranks have found of their shards of each parameter."""
-    layouts: dict[Any, list[int]] = {}
-    for index, param in enumerate(params):
-        if isinstance(param, DTensor):
-            layouts.setdefault((param.device_mesh, param.placements), []).append(index)
-    for (mesh, placements), members in layouts.items():
-        table = torch.stack([sums[index] for index in members]).to(mesh.device_type)
-        for dim, placement in enumerate(placements):
-            if not placement.is_replicate():
-                dist.all_reduce(table, group=mesh.get_group(dim))
-        for index, row in zip(members, table.cpu(), strict=True):
-            sums[index] = row
-
-
 def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, group_src: int = 0) -> bytes:
     """Sends a package to all ranks of a process group: those that trained and those that receive.
 
@@ -233,16 +191,7 @@ def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, gro
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Puts a package where another process polls for it: a reader sees the old one or the new one, never a part."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_whole(path, data)
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

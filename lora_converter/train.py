@@ -21,9 +21,9 @@ def main() -> None:
 
     require_config_module(sys.argv[1:])
     job_config = ConfigManager().parse_args(sys.argv[1:])
-    if "lora" in job_config.model.converters:
-        # torchtitan's main parses the command line that its parser saw when it was imported.
-        ConfigManager.parse_args.__defaults__ = ([*sys.argv[1:], *run_full_phase(job_config)],)
+    phase = run_full_phase(job_config) if "lora" in job_config.model.converters else []
+    # torchtitan's main parses the command line that its parser saw when it was imported.
+    ConfigManager.parse_args.__defaults__ = ([*sys.argv[1:], *phase],)
     torchtitan_main(Trainer)
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 # Before any import of torch: children of the test process inherit these.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo ranks, up to 8 of them, whatever the machine has
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="lora-converter-datasets-"))
+DATASETS = tempfile.TemporaryDirectory(prefix="lora-converter-datasets-")
+os.environ.setdefault("HF_DATASETS_CACHE", DATASETS.name)
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "distributed")]
+sys.path[:0] = [str(HERE), str(HERE / "distributed"), str(HERE.parent / "scripts")]
 
 import pytest  # noqa: E402
 

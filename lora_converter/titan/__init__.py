@@ -17,6 +17,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lora_converter.titan.converter import LoRAConverter
-    from lora_converter.titan.job_config import JobConfig
+    from lora_converter.titan.job_config import JobConfig, compare_jobs_over_ranks
 
+    compare_jobs_over_ranks()
     return {"JobConfig": JobConfig, "LoRAConverter": LoRAConverter}[name]

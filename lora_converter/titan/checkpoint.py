@@ -8,35 +8,41 @@
 
 A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
 
-Every load checks all keys and shapes first, on all ranks together, and names every key that does not fit.
+Every load checks all settings, keys and shapes first, on all ranks together, and names all that does not fit; that
+the base is the one that the adapters were trained on is known when it is loaded, and checked before they are.
 """
 
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.components.checkpoint import MODEL, OPTIMIZER, TRAIN_STATE, CheckpointManager
 from torchtitan.tools.logging import logger
 
 from lora_converter.apply import adapter_parameters
+from lora_converter.fingerprint import base_sums, fingerprint
 from lora_converter.linear import copy_full_
 from lora_converter.merge import merge_directories
 from lora_converter.peft import is_peft_directory, save_peft
-from lora_converter.titan.dcp_folder import ADAPTER_OPTION, BASE_OPTION, check_fits, dcp_reader, union_over_ranks
+from lora_converter.titan.dcp_folder import ADAPTER_OPTION, BASE_OPTION, check_fits, stored_in, union_over_ranks
 from lora_converter.titan.dropout import DropoutSeeds
+from lora_converter.titan.faults import FaultWatch
 from lora_converter.titan.hf_base import HuggingFaceBase
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.metrics import log_phase
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
-from lora_converter.titan.ranks import agreed, together
+from lora_converter.titan.ranks import agreed, gather_all, together
+from lora_converter.titan.run_folder import discard, has_optimizer, newest_step, no_optimizer, stale_steps
+from lora_converter.titan.safe_dcp import load as load_dcp
 from lora_converter.titan.states import ModelSubset, OptimizerState
-from lora_converter.titan.step_folder import describe_step
+from lora_converter.titan.step_folder import Description, check_same_base, check_same_run
 
 
 class LoRACheckpointManager(CheckpointManager):
@@ -52,7 +58,9 @@ class LoRACheckpointManager(CheckpointManager):
             log_phase(trainer, 2)
         trainer.metrics_processor.num_flops_per_token -= model_parts[0].lora_flops_not_spent
         self._dropout = DropoutSeeds(trainer, model_parts) if self.settings.dropout > 0 else None
+        self._faults = FaultWatch(trainer, model_parts)
         self._merge: Callable[[], None] | None = None
+        self._base_fingerprint = ""
         if not self.enable:
             return
         adapter_names = {name for part in model_parts for name in adapter_parameters(part)}
@@ -76,15 +84,15 @@ class LoRACheckpointManager(CheckpointManager):
             Whether anything was loaded.
 
         Raises:
-            ValueError: On all ranks, if on one a folder is not there, lacks keys or has other shapes; nothing was
-                loaded then.
+            ValueError: On all ranks, if on one a folder is not there, lacks keys, has other shapes or belongs to
+                another run or base; nothing but the base was loaded then.
         """
         if not self.enable:
             return False
-        step = agreed(self._find_step(step), f"The step to resume from in {self.folder}")
+        step = agreed(together(lambda: self._find_step(step)), f"The step to resume from in {self.folder}")
         loads: list[Callable[[], None]] = []  # every check comes before the first load
         if self.base_source:
-            loads.append(self._check_base(self.base_source))
+            loads += [self._check_base(self.base_source), self._take_fingerprint]
         if step != -1:
             loads.append(self._check_step(step))
         elif self.settings.initial_adapter_path:
@@ -97,28 +105,32 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _find_step(self, step: int) -> int:
         if step == -1:
-            return self._find_load_step()
+            needs_optimizer = OPTIMIZER not in self.exclude_from_loading
+            step, skipped = newest_step(self.folder, last=self._last_step, needs_optimizer=needs_optimizer)
+            for problem in skipped:
+                logger.warning(f"LoRA: not resumed from: {problem}.")
+            return step
         path = self._create_checkpoint_id(step)
-
-        def check() -> None:
-            if not os.path.isdir(path):
-                raise ValueError(
-                    f"checkpoint.load_step = {step}: there is no {path}. Leave it at -1 for the newest step."
-                )
-
-        together(check)
+        if not os.path.isdir(path):
+            raise ValueError(f"checkpoint.load_step = {step}: there is no {path}. Leave it at -1 for the newest step.")
         return step
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """torchtitan's `save`, which the trainer calls after every step."""
-        super().save(curr_step, last_step)
+        """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite."""
+        saves = self._should_save(curr_step, last_step)
+        # Step 0 is a seed checkpoint, which is saved without a step.
+        if curr_step == 0 or self._faults.after_step(curr_step, saves=saves):
+            super().save(curr_step, last_step)
+        elif saves:
+            logger.error(f"LoRA: step {curr_step} is not saved: its adapters hold nan or inf. Older steps stay.")
         if self._dropout:
             self._dropout.continue_after(curr_step)
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
-        """torchtitan's, beside a description of the run (see `step_folder.py`)."""
-        if dist.get_rank() == 0:
-            describe_step(checkpoint_id, self.job_config, self.base_source)
+        """torchtitan's, beside a description of the run (see `step_folder.py`), and never onto an older step."""
+        if dist.get_rank() == 0:  # the others write when they have its plan
+            discard(Path(checkpoint_id))
+            self._description.write(checkpoint_id)
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def close(self) -> None:
@@ -134,10 +146,27 @@ class LoRACheckpointManager(CheckpointManager):
             return
         adapter = self._create_checkpoint_id(curr_step)
         self._export_peft(adapter)
+        self._merge_at_the_end(curr_step)
+
+    def _merge_at_the_end(self, step: int) -> None:
         if self.settings.save_merged and dist.get_rank() == 0:
             # Not step-N-merged: torchtitan takes any name with "step-" in it for a checkpoint of its own.
-            merged = os.path.join(self.folder, f"merged-{curr_step}")
-            self._merge = functools.partial(self._write_merged, adapter, merged)
+            merged = os.path.join(self.folder, f"merged-{step}")
+            self._merge = functools.partial(self._write_merged, self._create_checkpoint_id(step), merged)
+
+    def _purge_stale_checkpoints(self) -> None:
+        if self.keep_latest_k > 0 and dist.get_rank() == 0:
+            for path in stale_steps(self.folder, keep=self.keep_latest_k, current=self.states[TRAIN_STATE].step):
+                discard(path, wholly=False)
+                self.purge_queue.put(str(path))
+
+    @property
+    def _description(self) -> Description:
+        return Description.of_job(self.job_config, self.base_source, self._base_fingerprint)
+
+    @property
+    def _last_step(self) -> int:
+        return self.job_config.training.steps
 
     def _write_merged(self, adapter: str, output: str) -> None:
         assert self.base_source is not None
@@ -151,7 +180,16 @@ class LoRACheckpointManager(CheckpointManager):
         assert self.sd_adapter is not None
         adapters, linears = gather_adapter(self.adapters.state_dict(), self.model_parts, self.parallel_dims)
         if dist.get_rank() == 0:
-            peft = to_peft(self.sd_adapter, adapters, linears, self.settings, base_model=self.base_source or "")
+            peft = to_peft(
+                self.sd_adapter,
+                adapters,
+                linears,
+                self.settings,
+                base_model=self.base_source or "",
+                base_fingerprint=self._base_fingerprint,
+            )
+            if not is_peft_directory(path):
+                discard(Path(path))
             save_peft(peft, path, dtype=self.export_dtype, replace=True)
             logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
 
@@ -171,11 +209,10 @@ class LoRACheckpointManager(CheckpointManager):
             check_fits(base.wanted(), together(base.metadata), what)
             read = base.load
         else:
-            reader = dcp_reader(path, BASE_OPTION)
-            check_fits(state_dict, together(reader.read_metadata), what)
+            check_fits(state_dict, stored_in(path, BASE_OPTION), what)
 
             def read() -> dict[str, Any]:
-                dcp.load(state_dict, storage_reader=reader)
+                load_dcp(state_dict, path)
                 return state_dict
 
         def load() -> None:
@@ -184,17 +221,35 @@ class LoRACheckpointManager(CheckpointManager):
 
         return load
 
+    def _take_fingerprint(self) -> None:
+        """Of the base that was loaded: that of all pipeline stages."""
+        sums = {name: found for part in self.model_parts for name, found in base_sums(part).items()}
+        if self.parallel_dims.pp_enabled:
+            sums = {name: found for part in gather_all(sums) for name, found in part.items()}
+        self._base_fingerprint = agreed(fingerprint(sums), "The fingerprint of the base")
+
+    def _check_same_base(self, path: str, recorded: str) -> None:
+        accept = self.settings.accept_other_base
+        check_same_base(path, recorded, f"{self.base_source}", self._base_fingerprint, accept=accept)
+
+    def _check_same_run(self, path: str, stored: Metadata) -> str:
+        described = together(lambda: Description.read(path))
+        here = union_over_ranks(adapted_fqns(self.adapters.state_dict()))
+        return check_same_run(path, described, stored, self._description, here)
+
     def _check_initial_adapter(self, path: str) -> Callable[[], None]:
         """Checks another run's adapters against the model; what it returns loads them."""
         if agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
             return self._check_peft(path)
-        reader = dcp_reader(path, ADAPTER_OPTION)
+        stored = stored_in(path, ADAPTER_OPTION)
+        base = self._check_same_run(path, stored)
         state_dict = self.adapters.state_dict()
-        check_fits(state_dict, together(reader.read_metadata), f"{ADAPTER_OPTION}: {path}")
+        check_fits(state_dict, stored, f"{ADAPTER_OPTION}: {path}")
 
         def load() -> None:
+            self._check_same_base(path, base)
             logger.info(f"LoRA: starting from the adapters in {path}.")
-            dcp.load(state_dict, storage_reader=reader)
+            load_dcp(state_dict, path)
             self.adapters.load_state_dict(state_dict)
 
         return load
@@ -210,6 +265,7 @@ class LoRACheckpointManager(CheckpointManager):
         state_dict = from_peft(self.sd_adapter, peft, shared[0], adapted=adapted, what=path)
 
         def load() -> None:
+            self._check_same_base(path, peft.base_fingerprint)
             logger.info(f"LoRA: starting from the PEFT adapter in {path}.")
             for name, param in self.adapters.state_dict().items():
                 copy_full_(param, state_dict[name])
@@ -219,9 +275,14 @@ class LoRACheckpointManager(CheckpointManager):
     def _check_step(self, step: int) -> Callable[[], None]:
         """Checks a step of this run against the model and the base source; what it returns loads it."""
         path = self._create_checkpoint_id(step)
-        stored = together(dcp_reader(path, "checkpoint.load_step").read_metadata)
+        over = step >= self._last_step
+        if over and is_peft_directory(path):
+            return self._check_end(step, self._check_peft(path))
+        stored = stored_in(path, f"checkpoint.load_step = {step}")
         names = stored.state_dict_metadata
-        model_only = step == 0  # a seed checkpoint
+        wants_optimizer = step > 0 and OPTIMIZER not in self.exclude_from_loading
+        adapters_only = wants_optimizer and over and not has_optimizer(stored)
+        model_only = step == 0 or adapters_only  # step 0 is a seed checkpoint
         stores_base = any(name in names for name in self.base.state_dict())
         if self.base_source and stores_base:
             raise ValueError(
@@ -232,22 +293,36 @@ class LoRACheckpointManager(CheckpointManager):
             raise ValueError(
                 f"{path} holds adapters only. Set checkpoint.initial_load_path to the base they were trained on."
             )
-        wants_optimizer = not model_only and OPTIMIZER not in self.exclude_from_loading
-        if wants_optimizer and not any(name.startswith(OPTIMIZER + ".") for name in names):
-            raise ValueError(
-                f"{path} holds no optimizer state: it is the last checkpoint of a finished run "
-                "(checkpoint.last_save_model_only). To train on from its adapters, name it as "
-                "lora.initial_adapter_path in a new job.dump_folder, or resume an earlier step with "
-                "checkpoint.load_step."
-            )
+        if wants_optimizer and not over and not has_optimizer(stored):
+            raise ValueError(no_optimizer(path))
+        base = ""
         if MODEL not in self.exclude_from_loading:
+            base = self._check_same_run(path, stored)
             check_fits(self.states[MODEL].state_dict(), stored, path)
 
         def load() -> None:
+            self._check_same_base(path, base)
             logger.info(f"LoRA: resuming from {path}.")
-            self.dcp_load(self._states_to_load(model_only), checkpoint_id=path, from_hf=False, from_quantized=False)
+            self._load_step(self._states_to_load(model_only), path)
 
-        return load
+        return self._check_end(step, load) if adapters_only else load
+
+    def _load_step(self, states: dict[str, Any], path: str) -> None:
+        load_dcp(states, path)
+        if MODEL in self.states:
+            self.states[MODEL].load_state_dict(states)  # which torchtitan has flattened into `states`
+
+    def _check_end(self, step: int, load: Callable[[], None]) -> Callable[[], None]:
+        """Loads the adapters of a run that is over, for a job that is launched once more."""
+
+        def load_end() -> None:
+            load()
+            self.states[TRAIN_STATE].step = step
+            logger.info(f"LoRA: the run ended at step {step}; there is nothing left to train.")
+            if not os.path.isdir(os.path.join(self.folder, f"merged-{step}")):
+                self._merge_at_the_end(step)
+
+        return load_end
 
 
 def use_for_lora_models() -> None:

@@ -1,12 +1,11 @@
 """A folder against what the model needs of it: one verdict on all ranks, before anything is loaded."""
 
-import os
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lora_converter.titan.ranks import gather_all, together
+from lora_converter.titan.safe_dcp import read_metadata
 
 BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
 
@@ -16,14 +15,24 @@ _HINTS = {
 }
 
 
-def dcp_reader(path: str, option: str) -> FileSystemReader:
-    def check() -> FileSystemReader:
-        if not os.path.isfile(os.path.join(path, ".metadata")):
-            hint = _HINTS.get(option, "")
-            raise ValueError(f"{option}: {path} is not a complete DCP checkpoint, it has no .metadata file.{hint}")
-        return FileSystemReader(path)
+def stored_in(path: str, option: str) -> Metadata:
+    """What a DCP folder holds, on all ranks.
 
-    return together(check)
+    Args:
+        option: The setting that names the folder.
+
+    Raises:
+        ValueError: On all ranks, if one of them finds no complete DCP folder there.
+    """
+
+    def read() -> Metadata:
+        try:
+            return read_metadata(path)
+        except ValueError as e:
+            hint = _HINTS.get(option, "") if "has no .metadata" in str(e) else ""
+            raise ValueError(f"{option}: {e}{hint}") from None
+
+    return together(read)
 
 
 def check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:

@@ -4,13 +4,17 @@ torchtitan merges this class into its own when `job.custom_config_module` names 
 with a config module of its own derives from this one. No postponed annotations here: the merge reads types.
 """
 
+import functools
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from torchtitan.components.checkpoint import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from torchtitan.config import ConfigManager
+from torchtitan.config import JobConfig as TorchtitanJobConfig
 
 from lora_converter.config import LoRAConfig
+from lora_converter.titan.ranks import agreed_options
 
 MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "
@@ -22,6 +26,10 @@ FULL_PHASE_FOLDER = "_full_phase"
 
 PARTS = (MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 """What a checkpoint is made of, in torchtitan's names."""
+
+
+_OF_THE_MACHINE = ("comm", "fault_tolerance", "metrics", "profiling")
+"""Sections of the job config that may differ between ranks."""
 
 
 @dataclass
@@ -59,6 +67,12 @@ class LoRA(LoRAConfig):
     checkpoint folder.
     """
 
+    accept_other_base: bool = False
+    """
+    Resume, or start from initial_adapter_path, although the base's fingerprint is not the one that the adapters were
+    trained on. Without it that is an error.
+    """
+
     save_merged: bool = False
     """
     At the end also write base + adapter as a Hugging Face directory, checkpoint/merged-N beside the PEFT directory
@@ -80,6 +94,31 @@ class JobConfig:
 
     lora: LoRA = field(default_factory=LoRA)
     """Low-rank adapters; used when model.converters has "lora"."""
+
+
+@functools.cache
+def compare_jobs_over_ranks() -> None:
+    """Makes ranks with different settings fail together, before they wait for each other in vain.
+
+    `maybe_log` is what the trainer calls first when the process group is there: before the seed is shared, before any
+    mesh. Remove when torchtitan compares job configs itself.
+    """
+    log = TorchtitanJobConfig.maybe_log
+
+    @functools.wraps(log)
+    def compare_and_log(self: Any) -> None:
+        if hasattr(self, "lora"):
+            agreed_options(_options(self))
+        log(self)
+
+    TorchtitanJobConfig.maybe_log = compare_and_log  # type: ignore[method-assign]
+
+
+def _options(job_config: Any) -> dict[str, Any]:
+    """The options that must be the same on all ranks, as they are written on the command line."""
+    sections = {name: section for name, section in job_config.to_dict().items() if name not in _OF_THE_MACHINE}
+    options = {f"{name}.{option}": value for name, section in sections.items() for option, value in section.items()}
+    return {name: value for name, value in options.items() if name != "job.config_file"}
 
 
 def require_config_module(args: list[str]) -> None:

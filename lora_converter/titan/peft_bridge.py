@@ -41,6 +41,7 @@ def to_peft(
     config: LoRAConfig,
     *,
     base_model: str = "",
+    base_fingerprint: str = "",
 ) -> PeftAdapter:
     """Full adapter tensors in torchtitan's names -> an adapter in Hugging Face's.
 
@@ -68,6 +69,7 @@ def to_peft(
         use_rslora=config.use_rslora,
         target_modules=_shortest_targets(set(factors), _hf_names(adapter, linears)),
         base_model=base_model,
+        base_fingerprint=base_fingerprint,
     )
 
 
@@ -223,8 +225,9 @@ def linear_shapes(model: nn.Module) -> LinearShapes:
     }
 
 
-def adapted_fqns(state_dict: dict[str, Any]) -> list[str]:
-    return sorted({name.rsplit(".", 2)[0] for name in state_dict})
+def adapted_fqns(names: Iterable[str]) -> list[str]:
+    """The linears that adapter parameters of these names belong to."""
+    return sorted({name.rsplit(".", 2)[0] for name in names})
 
 
 def _hf_names(adapter: BaseStateDictAdapter, linears: LinearShapes) -> set[str]:

@@ -33,12 +33,26 @@ def agreed(value: T, what: str) -> T:
     Raises:
         ValueError: It is not; the message has each value with its ranks.
     """
-    values = gather_all(value)
-    if any(other != value for other in values):
-        found = {v: [rank for rank, other in enumerate(values) if other == v] for v in values}
-        shown = "; ".join(f"{v} on rank {', '.join(map(str, ranks))}" for v, ranks in found.items())
-        raise ValueError(f"{what} differs between ranks: {shown}. Give all machines the same.")
+    agreed_options({what: value})
     return value
+
+
+def agreed_options(options: dict[str, Any]) -> None:
+    """Compares settings, name -> value, over all ranks.
+
+    Raises:
+        ValueError: Some are not the same on all ranks; the message has each one's values with their ranks.
+    """
+    gathered = gather_all(options)
+    differ = []
+    for name in dict.fromkeys(name for found in gathered for name in found):
+        values = [repr(found[name]) if name in found else "nothing" for found in gathered]
+        if len(set(values)) > 1:
+            ranks = {value: [str(rank) for rank, other in enumerate(values) if other == value] for value in values}
+            shown = "; ".join(f"{value} on rank {', '.join(on)}" for value, on in ranks.items())
+            differ.append(f"{name} differs between ranks: {shown}.")
+    if differ:
+        raise ValueError(f"{' '.join(differ)} Give all machines the same.")
 
 
 def gather_all(value: Any) -> list[Any]:

@@ -24,8 +24,6 @@ from parity import (
     whole_adapter,
 )
 
-from lora_converter.peft import PeftAdapter, save_peft
-
 HALF = STEPS // 2
 
 SAVED_ON = {"1 rank": row(1), "FSDP2": row(2, FSDP2), "TP2": row(2, TP2), "PP2": row(2, PP2)}
@@ -70,24 +68,6 @@ def export(layout: str, bases: Path) -> None:
     run.trainer.close()
 
 
-def disagree(bases: Path) -> None:
-    """Ranks that are given different adapters, or one of them none, all raise the same before anything is built."""
-    folder = bases / "exported" / "disagree"
-    rank = dist.get_rank()
-    factors = {"model.layers.0.self_attn.v_proj": (torch.ones(4, 64), torch.full((32, 4), float(rank)))}
-    save_peft(PeftAdapter(factors, 4, 32.0, 0.0, False, ["v_proj"]), folder / f"rank{rank}", replace=True)
-    options = [*base_options("llama3", bases), *FSDP2]
-    found = []
-    for path in (folder / f"rank{rank}", folder / ("rank0" if rank == 0 else "nowhere")):
-        try:
-            build(folder / "run", *options, f"--lora.initial_adapter_path={path}")
-        except ValueError as error:
-            found.append(str(error))
-    assert len(found) == 2, found
-    assert "differs between ranks: " in found[0] and "on rank 0; " in found[0], found
-    assert found[1].startswith("Rank 1 of 2: lora.initial_adapter_path = ") and "no such folder" in found[1], found
-
-
 def checks(bases: Path, ranks: int) -> dict[str, Any]:
     """All saves of layouts with so many ranks, then all resumes."""
     found: dict[str, Any] = {
@@ -102,8 +82,6 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
     for layout, needs in EXPORTED_FROM.items():
         if needs.ranks == ranks:
             found[f"export on {layout}"] = lambda _, layout=layout: export(layout, bases)
-    if ranks == 2:
-        found["ranks that disagree"] = lambda _: disagree(bases)
     return found
 
 

@@ -14,7 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torchtitan.models.llama3 import Transformer, llama3_args
 
 from lora_converter import LoRAConfig, adapter_parameters, adapter_state_dict, apply_lora, load_adapter_state_dict
-from lora_converter.sync import IncrementReceiver, base_fingerprint, broadcast, pack
+from lora_converter.fingerprint import base_fingerprint
+from lora_converter.sync import IncrementReceiver, broadcast, pack
 
 TOKENS = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
 CONFIG = LoRAConfig(rank=4, alpha=8.0)

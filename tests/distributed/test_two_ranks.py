@@ -1,4 +1,4 @@
-"""Two ranks: `collectives.py` and `live.py`, one launch for each."""
+"""Two ranks: `collectives.py`, `live.py` and `trouble.py`, one launch for each."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import collectives
 import live
 import pytest
+import trouble
 from launch import launch
 
-FILES = {"collectives.py": list(collectives.CHECKS), "live.py": list(live.CHECKS)}
+FILES = {"collectives.py": list(collectives.CHECKS), "live.py": list(live.CHECKS), "trouble.py": list(trouble.CHECKS)}
 
 
 @pytest.fixture(scope="module")

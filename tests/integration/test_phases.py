@@ -1,19 +1,14 @@
 """All weights first, then adapters on the result, in one job; killed anywhere and launched again."""
 
-import contextlib
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from harness import CONFIG, ROOT, TINY_ARGS, Trainer, build, parse, start_process_group
+from forked_job import ForkedJob
+from harness import Trainer, build, parse, start_process_group
 from torch.distributed.checkpoint import FileSystemReader
 
 from lora_converter.titan.job_config import full_phase_result
@@ -101,35 +96,34 @@ EVENTS = ("LoRA: phase", "LoRA: loading", "LoRA: resuming", "step:", "Saving the
 """What the log shows of the job's progress, both phases and the switch between them."""
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+def a_job(folder: Path, ranks: int, *options: str) -> ForkedJob:
+    sizes = [f"--training.local_batch_size={4 // ranks or 1}", "--training.global_batch_size=4", "--lora.rank=4"]
+    steps = [f"--training.steps={STEPS}", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=0"]
+    return ForkedJob(folder, ranks, "debug_lora.toml", [*PHASES, *sizes, *steps, *options])
 
 
-def launch(folder: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
-    """The job as a user starts it."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else [])]  # which takes seconds, and one rank can do without
-    command += ["-m", "lora_converter.train", "--job.config_file", str(CONFIG), *TINY_ARGS, *PHASES]
-    command += ["--model.flavor=debugmodel", f"--training.local_batch_size={4 // ranks or 1}"]
-    command += [f"--training.steps={STEPS}", "--training.global_batch_size=4", "--checkpoint.interval=1"]
-    command += ["--checkpoint.keep_latest_k=0", f"--job.dump_folder={folder}", *options]
-    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    env = dict(os.environ, OMP_NUM_THREADS="1", **(alone if ranks == 1 else {}))
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def train_with_kills(job: ForkedJob, moments: list[int]) -> list[int]:
+    """Launches until the job ends by itself; each of the first launches is killed a little after a moment of its own.
+
+    Args:
+        moments: Lines of progress, counted from a launch on.
+
+    Returns:
+        The phase of each kill.
+    """
+    rng, killed = random.Random(0), []
+    for moment in moments:
+        job.launch()
+        assert job.wait(lambda text, lines=moment: sum(text.count(event) for event in EVENTS) >= lines)
+        killed.append(2 if "phase 2 of 2" in job.text() else 1)
+        time.sleep(rng.uniform(0, 0.1))
+        job.kill()
+    job.run()
+    return killed
 
 
-def kill(folder: Path) -> None:
-    """SIGKILL to the launcher and to all ranks, which it starts in sessions of their own: all name the folder."""
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if str(folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / "checkpoint" / f"step-{STEPS}"
+def adapter_of(job: ForkedJob) -> dict[str, torch.Tensor]:
+    path = job.folder / "checkpoint" / f"step-{STEPS}"
     stored = FileSystemReader(path).read_metadata().state_dict_metadata
     names = [name for name in stored if name.endswith((".lora_a.weight", ".lora_b.weight"))]
     found = {name: torch.empty(stored[name].size) for name in names if not name.startswith("optimizer")}
@@ -137,52 +131,24 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def train_with_kills(folder: Path, ranks: int, moments: list[int], *options: str) -> list[int]:
-    """Launches until the job ends by itself; each of the first launches is killed a little after a moment of its own.
-
-    Args:
-        moments: Lines of progress, counted from a launch on; every rank writes its own.
-
-    Returns:
-        The phase of each kill.
-    """
-    rng, killed = random.Random(0), []
-    while True:
-        process, progress, log = launch(folder, ranks, *options), [], []
-        assert process.stdout is not None
-        for line in process.stdout:
-            log.append(line)
-            progress += [line] * any(event in line for event in EVENTS)
-            if len(killed) < len(moments) and len(progress) == moments[len(killed)]:
-                killed.append(2 if any("phase 2 of 2" in seen for seen in progress) else 1)
-                time.sleep(rng.uniform(0, 0.2))
-                kill(folder)
-                break
-        else:
-            process.communicate()
-            assert process.returncode == 0 and len(killed) == len(moments), "".join(log)[-3000:]
-            return killed
-        process.communicate()
-
-
 @pytest.mark.parametrize(
     ("ranks", "moments", "options"),
     [
         (1, random.Random(0).choices(range(1, 7), k=12), []),
-        (4, [10, 70], ["--parallelism.tensor_parallel_degree=2"]),
+        (4, [8, 24], ["--parallelism.tensor_parallel_degree=2"]),
     ],
     ids=["1 rank", "FSDP2 x TP2"],
 )
 def test_killed_anywhere_it_ends_where_it_would_have_ended(
     ranks: int, moments: list[int], options: list[str], tmp_path: Path
 ) -> None:
-    train_with_kills(tmp_path / "whole", ranks, [], *options)
-    killed = train_with_kills(tmp_path / "killed", ranks, moments, *options)
-    whole, pieces = (adapter_of(tmp_path / name) for name in ("whole", "killed"))
-    assert len(whole) == 84 and whole.keys() == pieces.keys()
-    assert set(killed) == {1, 2}
-    for name, value in whole.items():
+    whole, killed = (a_job(tmp_path / name, ranks, *options) for name in ("whole", "killed"))
+    whole.run()
+    assert set(train_with_kills(killed, moments)) == {1, 2}
+    expected, found = adapter_of(whole), adapter_of(killed)
+    assert len(expected) == 28 and expected.keys() == found.keys()
+    for name, value in expected.items():
         if ranks == 1:
-            assert torch.equal(value, pieces[name]), (name, killed)
+            assert torch.equal(value, found[name]), name
         else:
-            torch.testing.assert_close(value, pieces[name], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(value, found[name], rtol=1e-5, atol=1e-5)

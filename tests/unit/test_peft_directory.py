@@ -81,7 +81,7 @@ def test_an_existing_folder_is_left_alone_unless_it_is_an_adapter_to_replace(fol
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("where", ["lora_converter.peft.save_file", "lora_converter.peft.json.dumps"])
+@pytest.mark.parametrize("where", ["lora_converter.peft.write_tensors", "lora_converter.peft.json.dumps"])
 def test_a_full_disk_leaves_no_half_adapter_and_the_old_one(where: str, folder: Path, tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     for target in (tmp_path / "new", folder):
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_no_half_adapter_and_the_old_one(where: str, folder: 
 
 def test_an_old_adapter_that_cannot_be_moved_away_stays_and_so_does_its_whole(folder: Path) -> None:
     """A file in use on a network disk: nothing is deleted before the new one is in place."""
-    with mock.patch("lora_converter.hf_folder.os.rename", side_effect=OSError("busy")), pytest.raises(OSError):
+    with mock.patch("lora_converter.files.os.rename", side_effect=OSError("busy")), pytest.raises(OSError):
         save_peft(an_adapter(rank=2), folder, replace=True)
     assert load_peft(folder).rank == 3
     rename, calls = os.rename, []
@@ -104,7 +104,7 @@ def test_an_old_adapter_that_cannot_be_moved_away_stays_and_so_does_its_whole(fo
             raise OSError("busy")
         rename(source, target)
 
-    with mock.patch("lora_converter.hf_folder.os.rename", fail_second), pytest.raises(OSError):
+    with mock.patch("lora_converter.files.os.rename", fail_second), pytest.raises(OSError):
         save_peft(an_adapter(rank=2), folder, replace=True)
     assert load_peft(folder).rank == 3 and [path.name for path in folder.parent.iterdir()] == ["adapter"]
 
@@ -161,7 +161,7 @@ def refused(folder: Path) -> str:
         ({"peft_type": "IA3"}, "peft_type = 'IA3'; only 'LORA' is supported."),
         ({"r": 0}, "r = 0; it must be an integer of at least 1."),
         ({"r": "3"}, "r = '3'; it must be an integer of at least 1."),
-        ({"lora_alpha": None}, "lora_alpha = None; it must be a number above 0."),
+        ({"lora_alpha": None}, "lora_alpha = None; it must be a finite number above 0."),
     ],
 )
 def test_settings_that_are_not_supported_are_named(settings: dict, message: str, folder: Path) -> None:

@@ -11,10 +11,10 @@ from harness import TINY  # noqa: F401  (chooses the device before torchtitan is
 from torchtitan.models.llama3 import Transformer, llama3_args
 
 from lora_converter import LoRAConfig, adapter_parameters, adapter_state_dict, apply_lora
+from lora_converter.fingerprint import base_fingerprint
 from lora_converter.sync import (
     AdapterReceiver,
     IncrementReceiver,
-    base_fingerprint,
     pack,
     unpack,
     write_file,

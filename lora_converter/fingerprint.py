@@ -1,0 +1,71 @@
+"""Which base an adapter belongs to: a fingerprint of the frozen weights that is the same on every layout.
+
+Of each parameter two sums over the bits of its elements as bf16, in whatever order they stand: shards add up, and a
+base stored in fp32 has the fingerprint of one in bf16. One pass over the weights, and one small all-reduce per mesh
+dim that shards them.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+from lora_converter.apply import adapter_parameters, plain_fqn, reshard
+
+_ELEMENTS_AT_A_TIME = 2**24
+
+Sums = dict[str, tuple[int, int]]
+"""Name and shape of a parameter -> sum and sum of squares of its elements' bits, modulo 2^64."""
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of a model's parameters without the adapters. On sharded models call it on all ranks.
+
+    A pipeline stage has the fingerprint of its own layers; `fingerprint` takes the sums of all stages.
+    """
+    return fingerprint(base_sums(model))
+
+
+def fingerprint(sums: Sums) -> str:
+    """16 hexadecimal digits of what `base_sums` found."""
+    text = "\n".join(f"{name} {list(sums[name])}" for name in sorted(sums))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def base_sums(model: nn.Module) -> Sums:
+    """What the fingerprint is made of, for this model or pipeline stage. On sharded models call it on all ranks."""
+    reshard(model)
+    adapters = {id(param) for param in adapter_parameters(model).values()}
+    base = {name: param for name, param in model.named_parameters() if id(param) not in adapters}
+    if not base:
+        return {}
+    sums = torch.stack([_sums(param.to_local() if isinstance(param, DTensor) else param) for param in base.values()])
+    _complete(sums, list(base.values()))
+    names = [f"{plain_fqn(name)}{tuple(param.shape)}" for name, param in base.items()]
+    return {name: (int(total), int(squares)) for name, (total, squares) in zip(names, sums.tolist(), strict=True)}
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    found = torch.zeros(2, dtype=torch.int64, device=values.device)
+    for part in values.flatten().split(_ELEMENTS_AT_A_TIME):
+        bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int32)
+        found += torch.stack([bits.sum(dtype=torch.int64), (bits * bits).sum(dtype=torch.int64)])
+    return found
+
+
+def _complete(sums: torch.Tensor, params: list[nn.Parameter]) -> None:
+    """Adds up, in place, what ranks have found of their shards of each parameter."""
+    layouts: dict[Any, list[int]] = {}
+    for index, param in enumerate(params):
+        if isinstance(param, DTensor):
+            layouts.setdefault((param.device_mesh, param.placements), []).append(index)
+    for (mesh, placements), members in layouts.items():
+        table = sums[members].to(mesh.device_type)
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                dist.all_reduce(table, group=mesh.get_group(dim))
+        sums[members] = table.to(sums.device)

@@ -1,0 +1,171 @@
+"""Reads DCP folders without running what is in them, and tells whole ones from those that were cut short.
+
+torch reads `.metadata`, and every value that is no tensor, with plain pickle, which runs whatever code the file names.
+Here a pickle may name DCP's own classes and what `torch.serialization.add_safe_globals` was given, and nothing else
+(https://docs.python.org/3/library/pickle.html#restricting-globals); values are read with torch's `weights_only`.
+Sizes and file names are checked against the files before anything is allocated.
+"""
+
+import io
+import math
+import pathlib
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from lora_converter.files import check_regular
+
+METADATA_FILE = ".metadata"
+"""Written last, so a folder that has it is whole unless somebody took a file away."""
+
+_CLASSES = (
+    *(getattr(dcp_metadata, name) for name in dcp_metadata.__all__),
+    dcp_metadata._MEM_FORMAT_ENCODING,
+    _StorageInfo,
+    OrderedDict,
+    torch.Size,
+    torch.serialization._get_layout,
+)
+_OF_DCP = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
+    ("pathlib", name): getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath", "PureWindowsPath")
+}
+
+
+class SafeReader(FileSystemReader):
+    """DCP's reader of folders, for those of anybody."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What the folder holds.
+
+        Raises:
+            ValueError: It is not complete, damaged, or names what could run code.
+        """
+        path = Path(self.path)
+        metadata = _unpickle((path / METADATA_FILE).read_bytes(), f"{path / METADATA_FILE}", _OF_DCP)
+        try:
+            _check(metadata, path)
+        except (AttributeError, TypeError) as e:
+            raise ValueError(f"{path / METADATA_FILE} is damaged ({e}).") from None
+        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """DCP's planner, which loads values that are no tensors with `weights_only`."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Puts a value in its place. A pickle in it, such as torchtitan's data loader keeps, is checked first."""
+        fqn = read_item.dest_index.fqn
+        loaded = torch.load(value, weights_only=True)
+        if isinstance(loaded, bytes) and loaded.startswith(pickle.PROTO):
+            _unpickle(loaded, fqn, {})
+        set_element(self.original_state_dict, self.mappings[fqn], loaded)
+
+
+def load(state_dict: dict[str, Any], path: str | Path, *, no_dist: bool = False) -> None:
+    """`dcp.load` from a folder into `state_dict`, in place. A collective, unless `no_dist`.
+
+    Raises:
+        ValueError: What is read is damaged, or could run code.
+    """
+    try:
+        dcp.load(state_dict, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=no_dist)
+    except (CheckpointException, Exception) as e:  # the first is a BaseException
+        failures = getattr(e, "failures", None)
+        reasons = {str(error) for error, _ in failures.values()} if failures else {str(e) or repr(e)}
+        raise ValueError(f"{path} could not be read: {'; '.join(sorted(reasons))}") from None
+
+
+def read_metadata(path: str | Path) -> Metadata:
+    """What a DCP folder holds.
+
+    Raises:
+        ValueError: It is no complete DCP folder, damaged, or names what could run code.
+    """
+    path = Path(path)
+    try:
+        check_regular(path / METADATA_FILE)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not a complete DCP checkpoint, it has no {METADATA_FILE} file.") from None
+    return SafeReader(path).read_metadata()
+
+
+def _check(metadata: Metadata, folder: Path) -> None:
+    """That all that is listed is in the folder's files, and no larger than they are."""
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"{folder / METADATA_FILE} holds a {type(metadata).__name__}, no DCP metadata.")
+    sizes: dict[str, int] = {}
+    for index, stored in metadata.storage_data.items():
+        name = stored.relative_path
+        if name not in sizes:
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise ValueError(f"{folder / METADATA_FILE} names {name!r}, which is not in its folder.")
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is not complete: {name} is missing.")
+            sizes[name] = (folder / name).stat().st_size
+        if min(stored.offset, stored.length) < 0 or stored.offset + stored.length > sizes[name]:
+            raise ValueError(f"{folder} is not complete: {name} is cut short, {index.fqn} is not in it.")
+    for fqn, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata):
+            parts = [(MetadataIndex(fqn), 0)]
+        elif isinstance(entry, TensorStorageMetadata):
+            parts = [
+                (MetadataIndex(fqn, chunk.offsets), math.prod(chunk.sizes) * entry.properties.dtype.itemsize)
+                for chunk in entry.chunks
+            ]
+            if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+                raise ValueError(f"{folder / METADATA_FILE} is damaged: the parts of {fqn} do not make it up.")
+        else:
+            raise ValueError(f"{folder / METADATA_FILE} is damaged: {fqn} is a {type(entry).__name__}.")
+        for index, nbytes in parts:
+            stored = metadata.storage_data.get(index)
+            compressed = stored is not None and stored.transform_descriptors
+            if stored is None or (nbytes > stored.length and not compressed):
+                raise ValueError(f"{folder / METADATA_FILE} is damaged: {fqn} is not in the folder's files.")
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Python's own: the one in C allocates what a damaged file claims before it looks whether it is there."""
+
+    def __init__(self, data: bytes, what: str, allowed: dict[tuple[str, str], Any]):
+        super().__init__(io.BytesIO(data))
+        self.what = what
+        self.allowed = dict(allowed)
+        for item in torch.serialization.get_safe_globals():
+            obj, name = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
+            module, _, qualname = name.rpartition(".")
+            self.allowed[module, qualname] = obj
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.allowed:
+            return self.allowed[module, name]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise ValueError(
+            f"{self.what} names {module}.{name}, which could run code when it is read, so it is not. If you trust it, "
+            "allow that with torch.serialization.add_safe_globals."
+        )
+
+
+def _unpickle(data: bytes, what: str, allowed: dict[tuple[str, str], Any]) -> Any:
+    unpickler = _Unpickler(data, what, allowed)
+    try:
+        return unpickler.load()
+    except ValueError as e:
+        if str(e).startswith(f"{what} names "):
+            raise
+        raise ValueError(f"{what} is damaged ({e}).") from None
+    except Exception as e:  # whatever a damaged pickle leads Python to
+        raise ValueError(f"{what} is damaged ({type(e).__name__}: {e}).") from None
