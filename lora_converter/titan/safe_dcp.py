@@ -10,6 +10,7 @@ import io
 import math
 import pathlib
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ _OF_DCP = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
     ("pathlib", name): getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath", "PureWindowsPath")
 }
 
+_REFUSED = (
+    "{what} names {name}, which could run code when it is read, so it is not. If you trust it, allow that with "
+    "torch.serialization.add_safe_globals."
+)
+
 
 class SafeReader(FileSystemReader):
     """DCP's reader of folders, for those of anybody."""
@@ -68,7 +74,11 @@ class SafePlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Puts a value in its place. A pickle in it, such as torchtitan's data loader keeps, is checked first."""
         fqn = read_item.dest_index.fqn
-        loaded = torch.load(value, weights_only=True)
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as e:
+            named = re.search(r"GLOBAL (\S+)", str(e))  # torch's text goes on to advise weights_only=False
+            raise ValueError(_REFUSED.format(what=fqn, name=named[1]) if named else f"{fqn} is damaged.") from None
         if isinstance(loaded, bytes) and loaded.startswith(pickle.PROTO):
             _unpickle(loaded, fqn, {})
         set_element(self.original_state_dict, self.mappings[fqn], loaded)
@@ -153,10 +163,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
             return self.allowed[module, name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise ValueError(
-            f"{self.what} names {module}.{name}, which could run code when it is read, so it is not. If you trust it, "
-            "allow that with torch.serialization.add_safe_globals."
-        )
+        raise ValueError(_REFUSED.format(what=self.what, name=f"{module}.{name}"))
 
 
 def _unpickle(data: bytes, what: str, allowed: dict[tuple[str, str], Any]) -> Any:

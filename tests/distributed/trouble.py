@@ -71,7 +71,9 @@ def files(folder: Path) -> None:
         factors = {"model.layers.0.self_attn.v_proj": (torch.ones(4, 64), torch.full((32, 4), float(rank)))}
         save_peft(PeftAdapter(factors, 4, 32.0, 0.0, False, ["v_proj"]), own / "adapter")
         message = refused(lambda: build(dump, *options, "--lora.initial_adapter_path=adapter"))
-        assert message.startswith("llama3/tiny: lora.initial_adapter_path: adapter (SHA-256) differs between ranks: '"), message
+        assert message.startswith(
+            "llama3/tiny: lora.initial_adapter_path: adapter (SHA-256) differs between ranks: '"
+        ), message
         if rank == 1:
             shutil.rmtree(own / "adapter")
         message = refused(lambda: build(dump, *options, "--lora.initial_adapter_path=adapter"))

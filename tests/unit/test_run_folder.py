@@ -1,0 +1,105 @@
+"""Which step a run continues from, and which ones it removes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from test_peft_directory import an_adapter
+
+from lora_converter.peft import save_peft
+from lora_converter.titan.run_folder import discard, newest_step, stale_steps
+
+
+def whole(folder: Path, *numbers: int) -> None:
+    for number in numbers:
+        state = {"a.lora_a.weight": torch.ones(2), "optimizer.state.a.lora_a.weight.step": torch.ones(())}
+        dcp.save(state, checkpoint_id=folder / f"step-{number}", no_dist=True)
+
+
+def adapters_only(folder: Path, number: int) -> None:
+    dcp.save({"a.lora_a.weight": torch.ones(2)}, checkpoint_id=folder / f"step-{number}", no_dist=True)
+
+
+def cut_short(folder: Path, number: int) -> None:
+    whole(folder, number)
+    (folder / f"step-{number}" / ".metadata").unlink()
+
+
+def newest(folder: Path, *, last: int = 100, needs_optimizer: bool = True) -> tuple[int, list[str]]:
+    number, skipped = newest_step(str(folder), last=last, needs_optimizer=needs_optimizer)
+    return number, [text.replace(f"{folder}/", "") for text in skipped]
+
+
+def test_a_folder_that_is_not_there_or_holds_other_things_has_no_step(tmp_path: Path) -> None:
+    assert newest(tmp_path / "nowhere") == (-1, [])
+    whole(tmp_path, 3)
+    for name in ("step-3.incomplete", "old-step-4", "step-x", "merged-5"):
+        (tmp_path / "step-3").rename(tmp_path / name)
+        assert newest(tmp_path) == (-1, [])
+        (tmp_path / name).rename(tmp_path / "step-3")
+    assert newest(tmp_path) == (3, [])
+
+
+def test_the_newest_whole_step_is_taken_and_the_newer_ones_are_named_with_the_reason(tmp_path: Path) -> None:
+    whole(tmp_path, 9, 10, 20, 30)
+    cut_short(tmp_path, 40)
+    (tmp_path / "step-30" / "__0_0.distcp").unlink()
+    os.truncate(tmp_path / "step-20" / "__0_0.distcp", 100)
+    number, skipped = newest(tmp_path)
+    assert number == 10 and len(skipped) == 3
+    assert skipped[0] == "step-40 is not a complete DCP checkpoint, it has no .metadata file"
+    assert skipped[1] == "step-30 is not complete: __0_0.distcp is missing"
+    assert skipped[2].startswith("step-20 is not complete: __0_0.distcp is cut short")
+
+
+def test_adapters_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
+    whole(tmp_path, 10)
+    adapters_only(tmp_path, 20)
+    save_peft(an_adapter(), tmp_path / "step-30")
+    assert newest(tmp_path, last=30) == (30, [])
+    reasons = ["step-30 is a PEFT directory, which holds no optimizer state", "step-20 holds no optimizer state"]
+    assert newest(tmp_path, last=40) == (10, reasons)
+    assert newest(tmp_path, last=40, needs_optimizer=False) == (20, reasons[:1])
+    discard(tmp_path / "step-30")
+    assert newest(tmp_path, last=20) == (20, [])
+    discard(tmp_path / "step-10")
+    with pytest.raises(ValueError, match=r"step-20 holds no optimizer state: .*lora\.initial_adapter_path in a new"):
+        newest(tmp_path, last=40)
+
+
+def test_a_seed_checkpoint_is_a_start(tmp_path: Path) -> None:
+    adapters_only(tmp_path, 0)
+    cut_short(tmp_path, 10)
+    assert newest(tmp_path)[0] == 0
+
+
+def names(paths: list[Path]) -> list[str]:
+    return sorted(path.name for path in paths)
+
+
+def test_only_whole_steps_count_as_kept(tmp_path: Path) -> None:
+    """A killed save at 40, and one under way at 45: torchtitan would keep these two and remove the only whole ones."""
+    whole(tmp_path, 10, 20, 30)
+    cut_short(tmp_path, 40)
+    cut_short(tmp_path, 45)
+    assert names(stale_steps(str(tmp_path), keep=2, current=45)) == ["step-10", "step-20"]
+    whole(tmp_path, 45)
+    whole(tmp_path, 50)
+    assert names(stale_steps(str(tmp_path), keep=2, current=50)) == ["step-10", "step-20", "step-30", "step-40"]
+
+
+def test_results_and_steps_of_a_later_past_stay(tmp_path: Path) -> None:
+    """checkpoint.load_step = 10 was given: 20 to 40 are newer than what is saved now."""
+    save_peft(an_adapter(), tmp_path / "step-5")
+    whole(tmp_path, 10, 12, 14, 20, 30, 40)
+    assert names(stale_steps(str(tmp_path), keep=2, current=14)) == ["step-10"]
+
+
+def test_a_step_that_is_half_removed_does_not_look_whole(tmp_path: Path) -> None:
+    whole(tmp_path, 10)
+    discard(tmp_path / "step-10", wholly=False)
+    assert (tmp_path / "step-10" / "__0_0.distcp").exists() and newest(tmp_path)[0] == -1
+    discard(tmp_path / "step-10")
+    assert os.listdir(tmp_path) == []
