@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from lora_converter.apply import adapter_parameters, plain_fqn, reshard
 
-_ELEMENTS_AT_A_TIME = 2**24
+_ELEMENTS_AT_A_TIME = 2**20
+"""Few enough for a CPU's cache, and for their squares, of 30 bits, to add up exactly in the 53 bits of a float64."""
 
 Sums = dict[str, tuple[int, int]]
 """Name and shape of a parameter -> sum and sum of squares of its elements' bits, modulo 2^64."""
@@ -52,8 +53,8 @@ def base_sums(model: nn.Module) -> Sums:
 def _sums(values: torch.Tensor) -> torch.Tensor:
     found = torch.zeros(2, dtype=torch.int64, device=values.device)
     for part in values.flatten().split(_ELEMENTS_AT_A_TIME):
-        bits = part.to(torch.bfloat16).view(torch.int16).to(torch.int32)
-        found += torch.stack([bits.sum(dtype=torch.int64), (bits * bits).sum(dtype=torch.int64)])
+        bits = part.to(torch.bfloat16).view(torch.int16).to(torch.float64)
+        found += torch.stack([bits.sum(), bits @ bits]).to(torch.int64)
     return found
 
 

@@ -3,6 +3,7 @@
     python scripts/bench.py layer    # forward + backward of a block of seven linears; torchtitan is not needed
     python scripts/bench.py step     # a training step through torchtitan's trainer, 53M parameters, one rank
     python scripts/bench.py memory   # the peak of such a run above the imports
+    python scripts/bench.py checks   # the base's fingerprint over reading it, a look at the adapters over a step
     python scripts/bench.py comm     # collectives and elements of a step under TP + SP and FSDP2, 2 gloo ranks
 
 Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
@@ -106,11 +107,10 @@ def _round(value: float, to: int) -> int:
 
 def step(options: argparse.Namespace) -> Results:
     """A whole training step: data, forward, backward, clipping, AdamW. LoRA over full fine-tuning."""
-    from bench_trainer import parameters, trainer_step
+    from bench_trainer import make_trainer, parameters, trainer_step
 
-    times = paired(
-        {kind: trainer_step(kind, *options.options) for kind in ("lora", "full")}, options.rounds, options.device
-    )
+    steps = {kind: trainer_step(make_trainer(kind, *options.options)) for kind in ("lora", "full")}
+    times = paired(steps, options.rounds, options.device)
     ratio = statistics.median(a / b for a, b in zip(times["lora"], times["full"], strict=True))
     return [{"parameters": parameters(), "lora/full": ratio, "full_ms": 1e3 * statistics.median(times["full"])}]
 
@@ -122,6 +122,34 @@ def memory(options: argparse.Namespace) -> Results:
     peaks = {kind: peak_memory(kind, options.options) for kind in ("lora", "full")}
     ratio = peaks["lora"] / peaks["full"]
     return [{"parameters": parameters(), **{f"{k}_MB": n / 1e6 for k, n in peaks.items()}, "lora/full": ratio}]
+
+
+def checks(options: argparse.Namespace) -> Results:
+    """What looking costs: the base's fingerprint over reading the base, a look at the adapters over a step."""
+    from bench_trainer import make_trainer, parameters, trainer_step
+    from torch.distributed.checkpoint import save
+
+    from lora_converter.fingerprint import base_fingerprint
+    from lora_converter.titan.safe_dcp import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        enabled = ["--checkpoint.enable", f"--job.dump_folder={folder}", *options.options]
+        trainer = make_trainer("lora", *enabled)
+        checkpointer, (model,) = trainer.checkpointer, trainer.model_parts
+        base = checkpointer.base.state_dict()
+        save(base, checkpoint_id=f"{folder}/base")
+        steps = {
+            "read": lambda: load(base, f"{folder}/base"),
+            "fingerprint": lambda: base_fingerprint(model),
+            "step": trainer_step(trainer),
+            "look": lambda: checkpointer._faults.after_step(2, saves=True),
+        }
+        times = paired(steps, options.rounds, options.device)
+    ratios = {
+        f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+        for a, b in (("fingerprint", "read"), ("look", "step"))
+    }
+    return [{"parameters": parameters(), **ratios, "look_ms": 1e3 * statistics.median(times["look"])}]
 
 
 def comm(options: argparse.Namespace) -> Results:
@@ -174,7 +202,7 @@ def _picture(results: Results, path: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["layer", "step", "memory", "comm"])
+    parser.add_argument("part", choices=["layer", "step", "memory", "checks", "comm"])
     parser.add_argument("--rounds", type=int, default=15, help="of timing (default: 15)")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--picture", type=Path, help="file for a bar chart of `layer`")
@@ -193,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = _parser().parse_args()
     options.json = options.json and options.json.resolve()  # `step` changes the directory
-    results = {"layer": layer, "step": step, "memory": memory, "comm": comm}[options.part](options)
+    results = {"layer": layer, "step": step, "memory": memory, "checks": checks, "comm": comm}[options.part](options)
     where = f"{_device(options.device)}, torch {torch.__version__}, Python {platform.python_version()}"
     print(f"\n{options.part}, {where}")
     for result in results:

@@ -38,8 +38,8 @@ OPTIONS = (
 )
 
 
-def trainer_step(kind: str, *options: str) -> Callable[[], None]:
-    """One training step of "lora" or "full": data, forward, backward, clipping, AdamW."""
+def make_trainer(kind: str, *options: str) -> Trainer:
+    """That of a "lora" or "full" run, on a random base."""
     os.chdir(ROOT)
     if not dist.is_initialized():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
@@ -47,7 +47,11 @@ def trainer_step(kind: str, *options: str) -> Callable[[], None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     command = ["--job.config_file", f"configs/{CONFIGS[kind]}", *OPTIONS, *options]
     base = ["--checkpoint.initial_load_path="] if kind == "lora" else []
-    trainer = Trainer(ConfigManager().parse_args([*command, *base]))
+    return Trainer(ConfigManager().parse_args([*command, *base]))
+
+
+def trainer_step(trainer: Trainer) -> Callable[[], None]:
+    """One training step: data, forward, backward, clipping, AdamW."""
     data = iter(trainer.batch_generator(trainer.dataloader))
 
     def step() -> None:
@@ -78,7 +82,7 @@ def _resident(field: str) -> int:
 
 if __name__ == "__main__":
     imports = 0 if torch.cuda.is_available() else _resident("VmRSS")
-    run = trainer_step(*sys.argv[1:])
+    run = trainer_step(make_trainer(*sys.argv[1:]))
     for _ in range(3):
         run()
     print((torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident("VmHWM")) - imports)

@@ -60,6 +60,16 @@ class ForkedJob:
         for process in self._processes:
             process.start()
 
+    @property
+    def pid(self) -> int:
+        """Of rank 0."""
+        return self._processes[0].pid  # type: ignore[return-value]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a rank has ended badly, or was killed."""
+        return any(process.exitcode for process in self._processes)
+
     def kill(self) -> None:
         """SIGKILL to all ranks."""
         for process in self._processes:

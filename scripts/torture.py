@@ -13,16 +13,15 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from forked_job import ForkedJob
 
-STEPS, INTERVAL = 120, 2
-
 OPTIONS = (
-    *("--lora.rank=4", "--lora.dropout=0.1", f"--training.steps={STEPS}", f"--checkpoint.interval={INTERVAL}"),
-    *("--checkpoint.keep_latest_k=2", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"),
+    *("--lora.rank=4", "--lora.dropout=0.1", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2"),
+    *("--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"),
 )
 
 
@@ -41,15 +40,23 @@ class Counts:
     """Launches that did not continue from the newest complete step."""
 
 
-def torture(folder: Path, ranks: int, async_mode: str, *, kills: int, rng: random.Random) -> Counts:
-    """One job without and with kills. The base is expected in `folder.parent / "base"`.
+def make_base(folder: Path) -> Path:
+    """A base for the jobs, with random weights."""
+    job = ForkedJob(folder, 1, "debug_base.toml", ["--training.steps=1", "--checkpoint.interval=1"])
+    job.run()
+    return folder / "checkpoint" / "step-1"
+
+
+def torture(
+    folder: Path, base: Path, ranks: int, async_mode: str, *, kills: int, rng: random.Random, steps: int = 120
+) -> Counts:
+    """One job without and with kills.
 
     Raises:
         RuntimeError: A launch failed, or the final adapters differ.
     """
-    base = folder.parent / "base" / "checkpoint" / "step-1"
     options = [*OPTIONS, f"--checkpoint.initial_load_path={base}", f"--checkpoint.async_mode={async_mode}"]
-    options.append(f"--training.local_batch_size={4 // ranks}")
+    options += [f"--training.steps={steps}", f"--training.local_batch_size={4 // ranks}"]
     whole, job = (ForkedJob(folder / name, ranks, "debug_lora.toml", options) for name in ("whole", "killed"))
     whole.run()
     counts, trained = Counts(), 0
@@ -57,8 +64,8 @@ def torture(folder: Path, ranks: int, async_mode: str, *, kills: int, rng: rando
         newest = newest_complete(job.folder)
         cut = incomplete(job.folder, newest)
         job.launch()
-        at_the_end = counts.kills == kills - 1
-        if counts.kills < kills and job.wait(moment(rng, at_the_end=at_the_end)):
+        last = f"step: {steps}" if counts.kills == kills - 1 else None  # which is followed by the export
+        if counts.kills < kills and job.wait(moment(rng, last)):
             time.sleep(rng.uniform(0, 0.05))
             job.kill()
             counts.kills += 1
@@ -74,19 +81,19 @@ def torture(folder: Path, ranks: int, async_mode: str, *, kills: int, rng: rando
             counts.lost += sum(f"step-{number}" not in text.partition("resuming from")[0] for number in cut)
             counts.repeated += max(0, min(trained, job.trained_to()) - start)
         trained = max(trained, job.trained_to())
-        if not any(process.exitcode for process in job._processes):
+        if not job.failed:
             break
     for name in ("adapter_model.safetensors", "adapter_config.json"):
-        final = [(run.folder / "checkpoint" / f"step-{STEPS}" / name).read_bytes() for run in (whole, job)]
+        final = [(run.folder / "checkpoint" / f"step-{steps}" / name).read_bytes() for run in (whole, job)]
         if final[0] != final[1]:
             raise RuntimeError(f"{name} at the end is not the uninterrupted run's.")
     return counts
 
 
-def moment(rng: random.Random, *, at_the_end: bool):
-    """When to kill, as a question to the log: in the launch, some saves later, or at the export."""
-    if at_the_end:
-        return lambda text: f"step: {STEPS}" in text
+def moment(rng: random.Random, last: str | None) -> Callable[[str], bool]:
+    """When to kill, as a question to the log: after a line if one is given, else in the launch or some saves later."""
+    if last is not None:
+        return lambda text: last in text
     if rng.random() < 0.2:
         line = rng.choice(["Starting job", "Building", "LoRA: loading the base", "Training starts"])
         return lambda text: line in text
@@ -117,14 +124,14 @@ def main() -> None:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
-        ForkedJob(folder / "base", 1, "debug_base.toml", ["--training.steps=1", "--checkpoint.interval=1"]).run()
+        base = make_base(folder / "base")
         names = [field.name for field in fields(Counts)]
         print(f"{'ranks':>6}{'saving':>10}", *(f"{name:>10}" for name in names), f"{'seconds':>10}", sep="")
         lost = 0
         for ranks in (1, 2):
             for mode in ("disabled", "async"):
                 start = time.monotonic()
-                counts = torture(folder / f"{ranks}-{mode}", ranks, mode, kills=options.kills, rng=rng)
+                counts = torture(folder / f"{ranks}-{mode}", base, ranks, mode, kills=options.kills, rng=rng)
                 row = [*astuple(counts), round(time.monotonic() - start)]
                 print(f"{ranks:>6}{mode:>10}", *(f"{value:>10}" for value in row), sep="", flush=True)
                 lost += counts.lost

@@ -1,6 +1,9 @@
 """Files with bytes changed, cut and doubled, as disks, networks and editors leave them."""
 
 import random
+from pathlib import Path
+
+_WINDOW = 1000
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -18,3 +21,14 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
             case 3:
                 changed = changed[: max(start, 1)]
     return bytes(changed)
+
+
+def write_mutated(path: Path, data: bytes, rng: random.Random) -> None:
+    """Writes a large file with faults in a part of it, or cut short, without holding it twice."""
+    start = 0 if rng.random() < 0.7 else rng.randrange(len(data))
+    whole = memoryview(data)
+    with open(path, "wb") as file:
+        file.write(whole[:start])
+        file.write(mutate(data[start : start + _WINDOW], rng))
+        if rng.random() < 0.8:
+            file.write(whole[start + _WINDOW :])

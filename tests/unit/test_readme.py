@@ -43,3 +43,12 @@ def test_every_link_to_a_file_leads_to_one() -> None:
     files = [link for pair in links for link in pair if link and not link.startswith("http")]
     assert len(files) > 30
     assert [link for link in files if not (ROOT / link).exists()] == []
+
+
+def test_every_message_of_the_table_is_asserted_in_the_test_behind_it() -> None:
+    table = README.partition("## What can go wrong")[2].partition("\n\n##")[0]
+    messages = re.findall(r"\[`(.+?)`\]\((tests/\S+?)\)", table)
+    assert len(messages) > 25
+    for message, file in messages:
+        source = re.sub(r'"\s*\n\s*[rf]*"', "", (ROOT / file).read_text())  # strings over several lines
+        assert message in source.replace("\\", ""), (message, file)

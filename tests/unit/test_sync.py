@@ -106,7 +106,7 @@ def test_what_is_stale_foreign_damaged_or_does_not_fit_is_refused_whole(kind: ty
         r"has version 5, the model version 5 already": pack(sender, version=5, base=base),
         r"has version 4, the model version 5 already": pack(sender, version=4, base=base),
         rf"is for base 'other', this model's is '{base}'": pack(sender, version=6, base="other"),
-        r"damaged": good[:-1] + bytes([good[-1] ^ 1]),
+        r"The package is damaged: its checksum is another": good[:-1] + bytes([good[-1] ^ 1]),
         r"no package of adapters, or a damaged one": good[:100],
         r"in the package|another shape": pack(wide, version=6, base=base),
     }

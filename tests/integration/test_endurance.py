@@ -1,0 +1,31 @@
+"""Jobs that are killed again and again, and jobs that train long. The scripts do the same for longer."""
+
+import random
+from pathlib import Path
+
+import pytest
+from long_run import long_run, slope
+from torture import make_base, torture
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(1, "disabled"), (1, "async"), (2, "async")])
+def test_a_job_that_is_killed_again_and_again_ends_where_it_would_have_ended(
+    ranks: int, mode: str, base: Path, tmp_path: Path
+) -> None:
+    counts = torture(tmp_path, base, ranks, mode, kills=6, rng=random.Random(ranks), steps=60)
+    assert counts.kills == 6 and counts.resumes >= 3 and counts.repeated > 0 and counts.lost == 0
+
+
+def test_nothing_piles_up_in_a_long_run(tmp_path: Path) -> None:
+    samples = long_run(tmp_path, steps=400, interval=10, flavor="torture", async_mode="async")
+    assert len(samples) > 50
+    # A page or two per step would be a leak of tensors or of the log's kind; the allocator takes some of this.
+    assert slope(samples) < 16 * 1024
+    assert len({sample.threads for sample in samples[-20:]}) == 1
+    assert max(s.files for s in samples) - min(s.files for s in samples) <= 2  # while a file is written
+    assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 3
