@@ -25,11 +25,12 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
     scaling = f"alpha {adapter.alpha:g}, scaling {adapter.scaling:g}{' (rsLoRA)' if adapter.use_rslora else ''}"
+    known = adapter.base_fingerprint
     lines = [
         f"rank {adapter.rank}, {scaling}, dropout {adapter.dropout:g}",
         f"targets: {', '.join(adapter.target_modules)}",
         f"{len(adapter.factors)} linears, {parameters:,} parameters, {size:,} bytes",
-        f"base: {adapter.base_model or 'not recorded'}",
+        f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}",
         "",
     ]
     weights = weight_shapes(Path(base)) if base else {}

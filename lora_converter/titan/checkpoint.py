@@ -128,9 +128,13 @@ class LoRACheckpointManager(CheckpointManager):
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         """torchtitan's, beside a description of the run (see `step_folder.py`), and never onto an older step."""
-        if dist.get_rank() == 0:  # the others write when they have its plan
-            discard(Path(checkpoint_id))
-            self._description.write(checkpoint_id)
+
+        def make_room() -> None:
+            if dist.get_rank() == 0:
+                discard(Path(checkpoint_id))
+                self._description.write(checkpoint_id)
+
+        together(make_room)
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def close(self) -> None:

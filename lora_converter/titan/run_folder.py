@@ -19,6 +19,9 @@ from lora_converter.files import remove
 from lora_converter.peft import is_peft_directory
 from lora_converter.titan.safe_dcp import METADATA_FILE, read_metadata
 
+EXPORTED = ".exported"
+"""Added to the name of a PEFT directory where a step is written that was a run's last one and is not any more."""
+
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -83,9 +86,16 @@ def stale_steps(folder: str, *, keep: int, current: int) -> list[Path]:
 def discard(path: Path, *, wholly: bool = True) -> None:
     """Removes a step so that at no moment something incomplete looks complete.
 
+    A PEFT directory is a result and no checkpoint: it is set aside, as `step-N.exported`.
+
     Args:
         wholly: Otherwise only the step is made incomplete, and somebody else removes the rest.
     """
+    if is_peft_directory(path):
+        aside = path.with_name(path.name + EXPORTED)
+        remove(aside)
+        path.rename(aside)
+        return
     (path / METADATA_FILE).unlink(missing_ok=True)
     if wholly:
         remove(path)

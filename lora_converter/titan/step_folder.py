@@ -119,8 +119,8 @@ def check_same_run(path: str, step: Description | None, stored: Metadata, job: D
     there = adapted_fqns(name for name in names if name.endswith(LoRALinear.adapter_parameter_names))
     if found := step.differences(job, there, here):
         raise ValueError(
-            f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or another job.dump_folder "
-            "for a run of its own."
+            f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or start anew from the "
+            "base in another job.dump_folder."
         )
     return step.base_fingerprint
 

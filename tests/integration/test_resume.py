@@ -15,6 +15,7 @@ from test_checkpoint import failing
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from lora_converter.fingerprint import base_fingerprint
+from lora_converter.peft import load_peft
 from lora_converter.titan import checkpoint
 
 llama3_args["tiny_twin"] = TransformerModelArgs(**TINY)
@@ -62,7 +63,7 @@ def test_other_settings_are_refused_with_all_differences(way: str, hf_base: Path
         "and True here; 20 linears are adapted only there: "
     )
     assert all(name in message for name in names)
-    assert message.endswith(". Use its settings, or another job.dump_folder for a run of its own.")
+    assert message.endswith(". Use its settings, or start anew from the base in another job.dump_folder.")
     loaded(folder, *on(hf_base), *start, "--lora.dropout=0.3")  # which may change
 
 
@@ -180,6 +181,8 @@ def test_a_run_that_is_over_has_nothing_left_to_train_and_a_longer_one_goes_on(
     finish(longer)
     assert len(longer.losses) == 2  # steps 3 and 4: the last one held no optimizer state
     assert f"LoRA: not resumed from: {step(tmp_path, 3)} " in caplog.text and step(tmp_path, 3).exists()
+    if last:  # a result is not lost where a step is written over it
+        assert load_peft(tmp_path / "checkpoint" / "step-3.exported").rank == 4
 
 
 def test_a_merge_that_was_killed_is_done_by_the_next_launch(hf_base: Path, tmp_path: Path) -> None:

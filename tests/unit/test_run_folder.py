@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from test_peft_directory import an_adapter
 
-from lora_converter.peft import save_peft
+from lora_converter.peft import load_peft, save_peft
 from lora_converter.titan.run_folder import discard, newest_step, stale_steps
 
 
@@ -63,6 +63,7 @@ def test_adapters_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> Non
     assert newest(tmp_path, last=40) == (10, reasons)
     assert newest(tmp_path, last=40, needs_optimizer=False) == (20, reasons[:1])
     discard(tmp_path / "step-30")
+    assert load_peft(tmp_path / "step-30.exported").rank == 3
     assert newest(tmp_path, last=20) == (20, [])
     discard(tmp_path / "step-10")
     with pytest.raises(ValueError, match=r"step-20 holds no optimizer state: .*lora\.initial_adapter_path in a new"):
