@@ -162,9 +162,33 @@ def faults(folder: Path, layout: list[str]) -> None:
     assert gathers[0] > 0 == gathers[1], gathers  # nothing is looked at, or waited for, in a step between
 
 
+def shards(folder: Path) -> None:
+    """An adapter is zero if all of it is: a rank may hold rows that are."""
+    run = build(folder, *base_options("llama3", folder.parents[1]), *FSDP2)
+    watch = run.trainer.checkpointer._faults
+    linears = {linear.lora_fqn: linear for linear in adapted_linears(run.trainer.model_parts[0])}
+    half, whole = "layers.0.attention.wq", "layers.2.attention.wk"
+    with torch.no_grad():
+        for fqn, linear in linears.items():
+            zero = fqn == whole or (fqn == half and dist.get_rank() == 1)
+            linear.lora_b.weight.to_local().fill_(0.0 if zero else 1.0)
+    messages = Messages()
+    logging.getLogger().addHandler(messages)
+    try:
+        watch._steps = 1  # a first step may leave zeros
+        assert watch.after_step(2, saves=True)
+    finally:
+        logging.getLogger().removeHandler(messages)
+    assert [text for text in messages.texts if "still zero" in text] == [
+        f"LoRA: step 2: 1 adapters are still zero, so they change nothing; is the learning rate above 0?: {whole}."
+    ], messages.texts
+    run.trainer.close()
+
+
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "machines with different settings": settings,
     "machines with different files": files,
+    "shards of zeros": shards,
     **{
         f"faults under {name}": lambda folder, layout=layout: faults(folder, layout) for name, layout in LAYOUTS.items()
     },

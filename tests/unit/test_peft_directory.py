@@ -152,6 +152,7 @@ def refused(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"lora_alpha": 10**400}, f"lora_alpha = {10**400}; it must be a finite number above 0."),
         ({"use_dora": True}, "use_dora = True is not supported; it must be False."),
         ({"bias": "all"}, "bias = 'all' is not supported; it must be 'none'."),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported; it must be None."),
