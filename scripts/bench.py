@@ -130,7 +130,7 @@ def checks(options: argparse.Namespace) -> Results:
     from torch.distributed.checkpoint import save
 
     from lora_converter.fingerprint import base_fingerprint
-    from lora_converter.titan.safe_dcp import load
+    from lora_converter.titan.safe_dcp import load, read_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         enabled = ["--checkpoint.enable", f"--job.dump_folder={folder}", *options.options]
@@ -139,7 +139,7 @@ def checks(options: argparse.Namespace) -> Results:
         base = checkpointer.base.state_dict()
         save(base, checkpoint_id=f"{folder}/base")
         steps = {
-            "read": lambda: load(base, f"{folder}/base"),
+            "read": lambda: load(base, f"{folder}/base", read_metadata(f"{folder}/base")),
             "fingerprint": lambda: base_fingerprint(model),
             "step": trainer_step(trainer),
             "look": lambda: checkpointer._faults.after_step(2, saves=True),

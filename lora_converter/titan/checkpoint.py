@@ -15,6 +15,7 @@ the base is the one that the adapters were trained on is known when it is loaded
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,10 @@ from lora_converter.titan.metrics import log_phase
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
 from lora_converter.titan.ranks import agreed, gather_all, together
-from lora_converter.titan.run_folder import discard, has_optimizer, newest_step, no_optimizer, stale_steps
+from lora_converter.titan.run_folder import discard, has_state, newest_step, no_state, stale_steps
 from lora_converter.titan.safe_dcp import load as load_dcp
 from lora_converter.titan.states import ModelSubset, OptimizerState
-from lora_converter.titan.step_folder import Description, check_same_base, check_same_run
+from lora_converter.titan.step_folder import DESCRIPTION, Description, adapted_in, check_same_base, check_same_run
 
 
 class LoRACheckpointManager(CheckpointManager):
@@ -105,8 +106,8 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _find_step(self, step: int) -> int:
         if step == -1:
-            needs_optimizer = OPTIMIZER not in self.exclude_from_loading
-            step, skipped = newest_step(self.folder, last=self._last_step, needs_optimizer=needs_optimizer)
+            needs_state = TRAIN_STATE not in self.exclude_from_loading
+            step, skipped = newest_step(self.folder, last=self._last_step, needs_state=needs_state)
             for problem in skipped:
                 logger.warning(f"LoRA: not resumed from: {problem}.")
             return step
@@ -122,6 +123,7 @@ class LoRACheckpointManager(CheckpointManager):
         if curr_step == 0 or self._faults.after_step(curr_step, saves=saves):
             super().save(curr_step, last_step)
         elif saves:
+            self._async_wait()  # for the last good one
             logger.error(f"LoRA: step {curr_step} is not saved: its adapters hold nan or inf. Older steps stay.")
         if self._dropout:
             self._dropout.continue_after(curr_step)
@@ -161,8 +163,12 @@ class LoRACheckpointManager(CheckpointManager):
     def _purge_stale_checkpoints(self) -> None:
         if self.keep_latest_k > 0 and dist.get_rank() == 0:
             for path in stale_steps(self.folder, keep=self.keep_latest_k, current=self.states[TRAIN_STATE].step):
-                discard(path, wholly=False)
-                self.purge_queue.put(str(path))
+                try:
+                    discard(path, wholly=False)
+                except OSError as e:  # somebody has made it read-only; no reason to stop
+                    logger.warning(f"LoRA: {path} cannot be removed ({e}).")
+                else:
+                    self.purge_queue.put(str(path))
 
     @property
     def _description(self) -> Description:
@@ -213,10 +219,11 @@ class LoRACheckpointManager(CheckpointManager):
             check_fits(base.wanted(), together(base.metadata), what)
             read = base.load
         else:
-            check_fits(state_dict, stored_in(path, BASE_OPTION), what)
+            stored = stored_in(path, BASE_OPTION)
+            check_fits(state_dict, stored, what)
 
             def read() -> dict[str, Any]:
-                load_dcp(state_dict, path)
+                load_dcp(state_dict, path, stored)
                 return state_dict
 
         def load() -> None:
@@ -237,9 +244,9 @@ class LoRACheckpointManager(CheckpointManager):
         check_same_base(path, recorded, f"{self.base_source}", self._base_fingerprint, accept=accept)
 
     def _check_same_run(self, path: str, stored: Metadata) -> str:
-        described = together(lambda: Description.read(path))
+        described = agreed(together(lambda: Description.read(path)), f"{path}/{DESCRIPTION}")
         here = union_over_ranks(adapted_fqns(self.adapters.state_dict()))
-        return check_same_run(path, described, stored, self._description, here)
+        return check_same_run(path, described, self._description, there=adapted_in(stored), here=here)
 
     def _check_initial_adapter(self, path: str) -> Callable[[], None]:
         """Checks another run's adapters against the model; what it returns loads them."""
@@ -253,7 +260,7 @@ class LoRACheckpointManager(CheckpointManager):
         def load() -> None:
             self._check_same_base(path, base)
             logger.info(f"LoRA: starting from the adapters in {path}.")
-            load_dcp(state_dict, path)
+            load_dcp(state_dict, path, stored)
             self.adapters.load_state_dict(state_dict)
 
         return load
@@ -266,6 +273,9 @@ class LoRACheckpointManager(CheckpointManager):
         dist.broadcast_object_list(shared)
         adapted = union_over_ranks(adapted_fqns(self.adapters.state_dict()))
         peft = load_peft_everywhere(path)
+        settings = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}
+        described = replace(self._description, lora=settings)
+        check_same_run(path, described, self._description, there=adapted, here=adapted)
         state_dict = from_peft(self.sd_adapter, peft, shared[0], adapted=adapted, what=path)
 
         def load() -> None:
@@ -280,13 +290,13 @@ class LoRACheckpointManager(CheckpointManager):
         """Checks a step of this run against the model and the base source; what it returns loads it."""
         path = self._create_checkpoint_id(step)
         over = step >= self._last_step
-        if over and is_peft_directory(path):
+        if agreed(over and is_peft_directory(path), f"Whether {path} is a PEFT directory"):
             return self._check_end(step, self._check_peft(path))
         stored = stored_in(path, f"checkpoint.load_step = {step}")
         names = stored.state_dict_metadata
-        wants_optimizer = step > 0 and OPTIMIZER not in self.exclude_from_loading
-        adapters_only = wants_optimizer and over and not has_optimizer(stored)
-        model_only = step == 0 or adapters_only  # step 0 is a seed checkpoint
+        wants_state = step > 0 and TRAIN_STATE not in self.exclude_from_loading  # step 0 is a seed checkpoint
+        adapters_only = wants_state and over and not has_state(stored)
+        model_only = step == 0 or adapters_only
         stores_base = any(name in names for name in self.base.state_dict())
         if self.base_source and stores_base:
             raise ValueError(
@@ -297,8 +307,11 @@ class LoRACheckpointManager(CheckpointManager):
             raise ValueError(
                 f"{path} holds adapters only. Set checkpoint.initial_load_path to the base they were trained on."
             )
-        if wants_optimizer and not over and not has_optimizer(stored):
-            raise ValueError(no_optimizer(path))
+        if wants_state and not over and not has_state(stored):
+            raise ValueError(
+                f"{no_state(path)}. To train on from its adapters, name it as lora.initial_adapter_path in a new "
+                "job.dump_folder, or resume an earlier step with checkpoint.load_step."
+            )
         base = ""
         if MODEL not in self.exclude_from_loading:
             base = self._check_same_run(path, stored)
@@ -307,12 +320,12 @@ class LoRACheckpointManager(CheckpointManager):
         def load() -> None:
             self._check_same_base(path, base)
             logger.info(f"LoRA: resuming from {path}.")
-            self._load_step(self._states_to_load(model_only), path)
+            self._load_step(self._states_to_load(model_only), path, stored)
 
         return self._check_end(step, load) if adapters_only else load
 
-    def _load_step(self, states: dict[str, Any], path: str) -> None:
-        load_dcp(states, path)
+    def _load_step(self, states: dict[str, Any], path: str, stored: Metadata) -> None:
+        load_dcp(states, path, stored)
         if MODEL in self.states:
             self.states[MODEL].load_state_dict(states)  # which torchtitan has flattened into `states`
 

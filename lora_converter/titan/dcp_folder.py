@@ -1,11 +1,13 @@
 """A folder against what the model needs of it: one verdict on all ranks, before anything is loaded."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lora_converter.titan.ranks import gather_all, together
-from lora_converter.titan.safe_dcp import read_metadata
+from lora_converter.titan.ranks import agreed, gather_all, together
+from lora_converter.titan.safe_dcp import METADATA_FILE, read_metadata
 
 BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
 
@@ -32,7 +34,9 @@ def stored_in(path: str, option: str) -> Metadata:
             hint = _HINTS.get(option, "") if "has no .metadata" in str(e) else ""
             raise ValueError(f"{option}: {e}{hint}") from None
 
-    return together(read)
+    stored, digest = together(lambda: (read(), hashlib.sha256(Path(path, METADATA_FILE).read_bytes()).hexdigest()[:12]))
+    agreed(digest, f"{option}: {path}/{METADATA_FILE} (SHA-256)")
+    return stored
 
 
 def check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:

@@ -28,8 +28,8 @@ PARTS = (MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 """What a checkpoint is made of, in torchtitan's names."""
 
 
-_OF_THE_MACHINE = ("comm", "fault_tolerance", "metrics", "profiling")
-"""Sections of the job config that may differ between ranks."""
+_OF_THE_MACHINE = ("comm.", "fault_tolerance.", "job.config_file", "metrics.", "profiling.")
+"""What may differ between ranks of the job config, but for how often metrics are reduced over them."""
 
 
 @dataclass
@@ -116,9 +116,9 @@ def compare_jobs_over_ranks() -> None:
 
 def _options(job_config: Any) -> dict[str, Any]:
     """The options that must be the same on all ranks, as they are written on the command line."""
-    sections = {name: section for name, section in job_config.to_dict().items() if name not in _OF_THE_MACHINE}
-    options = {f"{name}.{option}": value for name, section in sections.items() for option, value in section.items()}
-    return {name: value for name, value in options.items() if name != "job.config_file"}
+    sections = job_config.to_dict().items()
+    options = {f"{name}.{option}": value for name, section in sections for option, value in section.items()}
+    return {n: value for n, value in options.items() if n == "metrics.log_freq" or not n.startswith(_OF_THE_MACHINE)}
 
 
 def require_config_module(args: list[str]) -> None:

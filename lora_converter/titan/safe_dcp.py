@@ -11,9 +11,8 @@ import math
 import pathlib
 import pickle
 import re
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,7 +21,13 @@ from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 from lora_converter.files import check_regular
@@ -30,17 +35,18 @@ from lora_converter.files import check_regular
 METADATA_FILE = ".metadata"
 """Written last, so a folder that has it is whole unless somebody took a file away."""
 
-_CLASSES = (
-    *(getattr(dcp_metadata, name) for name in dcp_metadata.__all__),
-    dcp_metadata._MEM_FORMAT_ENCODING,
-    _StorageInfo,
-    OrderedDict,
-    torch.Size,
-    torch.serialization._get_layout,
-)
-_OF_DCP = {(cls.__module__, cls.__qualname__): cls for cls in _CLASSES} | {
-    ("pathlib", name): getattr(pathlib, name) for name in ("PosixPath", "PurePosixPath", "PureWindowsPath")
-}
+_UNPICKLED = "dataloader."
+"""Values of these names are pickles that torchtitan loads."""
+
+_DATACLASSES = (*(getattr(dcp_metadata, name) for name in dcp_metadata.__all__), _StorageInfo)
+_PATHS = ("PosixPath", "PurePosixPath", "PureWindowsPath")
+_OF_DCP = {
+    (cls.__module__, cls.__qualname__): cls
+    for cls in (*_DATACLASSES, dcp_metadata._MEM_FORMAT_ENCODING, torch.Size, torch.serialization._get_layout)
+} | {(module, name): getattr(pathlib, name) for module in ("pathlib", "pathlib._local") for name in _PATHS}
+"""What DCP's metadata are made of. `pathlib._local` is where Python 3.13 has its paths."""
+
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
 
 _REFUSED = (
     "{what} names {name}, which could run code when it is read, so it is not. If you trust it, allow that with "
@@ -49,49 +55,50 @@ _REFUSED = (
 
 
 class SafeReader(FileSystemReader):
-    """DCP's reader of folders, for those of anybody."""
+    """DCP's reader of folders, for those of anybody.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """What the folder holds.
+    Args:
+        metadata: What `read_metadata` found in the folder.
+    """
 
-        Raises:
-            ValueError: It is not complete, damaged, or names what could run code.
-        """
-        path = Path(self.path)
-        metadata = _unpickle((path / METADATA_FILE).read_bytes(), f"{path / METADATA_FILE}", _OF_DCP)
-        try:
-            _check(metadata, path)
-        except (AttributeError, TypeError) as e:
-            raise ValueError(f"{path / METADATA_FILE} is damaged ({e}).") from None
-        metadata.storage_meta = metadata.storage_meta or dcp_metadata.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+    def __init__(self, path: str | Path, metadata: Metadata):
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self) -> Metadata:  # type: ignore[override]
+        """What the folder holds. Without DCP's arguments, which would make it ask each rank for a file of its own."""
+        self._metadata.storage_meta = self._metadata.storage_meta or dcp_metadata.StorageMeta()
+        self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
 
 
 class SafePlanner(DefaultLoadPlanner):
     """DCP's planner, which loads values that are no tensors with `weights_only`."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Puts a value in its place. A pickle in it, such as torchtitan's data loader keeps, is checked first."""
+        """Puts a value in its place. torchtitan's data loader unpickles its own, so these are looked through first."""
         fqn = read_item.dest_index.fqn
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as e:
             named = re.search(r"GLOBAL (\S+)", str(e))  # torch's text goes on to advise weights_only=False
             raise ValueError(_REFUSED.format(what=fqn, name=named[1]) if named else f"{fqn} is damaged.") from None
-        if isinstance(loaded, bytes) and loaded.startswith(pickle.PROTO):
-            _unpickle(loaded, fqn, {})
+        if fqn.startswith(_UNPICKLED) and isinstance(loaded, bytes | bytearray):
+            _unpickle(bytes(loaded), fqn, {})
         set_element(self.original_state_dict, self.mappings[fqn], loaded)
 
 
-def load(state_dict: dict[str, Any], path: str | Path, *, no_dist: bool = False) -> None:
+def load(state_dict: dict[str, Any], path: str | Path, metadata: Metadata, *, no_dist: bool = False) -> None:
     """`dcp.load` from a folder into `state_dict`, in place. A collective, unless `no_dist`.
+
+    Args:
+        metadata: What `read_metadata` found in the folder.
 
     Raises:
         ValueError: What is read is damaged, or could run code.
     """
     try:
-        dcp.load(state_dict, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=no_dist)
+        dcp.load(state_dict, storage_reader=SafeReader(path, metadata), planner=SafePlanner(), no_dist=no_dist)
     except (CheckpointException, Exception) as e:  # the first is a BaseException
         failures = getattr(e, "failures", None)
         reasons = {str(error) for error, _ in failures.values()} if failures else {str(e) or repr(e)}
@@ -109,16 +116,26 @@ def read_metadata(path: str | Path) -> Metadata:
         check_regular(path / METADATA_FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a complete DCP checkpoint, it has no {METADATA_FILE} file.") from None
-    return SafeReader(path).read_metadata()
+    file = path / METADATA_FILE
+    metadata = _unpickle(file.read_bytes(), str(file), _OF_DCP)
+    try:
+        _check(metadata, path)
+    except (AttributeError, TypeError) as e:
+        raise ValueError(f"{file} is damaged ({e}).") from None
+    return metadata
 
 
 def _check(metadata: Metadata, folder: Path) -> None:
     """That all that is listed is in the folder's files, and no larger than they are."""
     if not isinstance(metadata, Metadata):
         raise ValueError(f"{folder / METADATA_FILE} holds a {type(metadata).__name__}, no DCP metadata.")
+    if {type(metadata.storage_data), type(metadata.state_dict_metadata)} != {dict}:
+        raise TypeError("its tables are none")
     sizes: dict[str, int] = {}
     for index, stored in metadata.storage_data.items():
         name = stored.relative_path
+        if not isinstance(name, str):
+            raise TypeError("a file's name is none")
         if name not in sizes:
             if name in ("", ".", "..") or Path(name).name != name:
                 raise ValueError(f"{folder / METADATA_FILE} names {name!r}, which is not in its folder.")
@@ -146,17 +163,19 @@ def _check(metadata: Metadata, folder: Path) -> None:
                 raise ValueError(f"{folder / METADATA_FILE} is damaged: {fqn} is not in the folder's files.")
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """Python's own: the one in C allocates what a damaged file claims before it looks whether it is there."""
+class _Unpickler(_PythonUnpickler):
+    """Python's own, whose steps can be overridden: of a pickle only plain values and the allowed objects are made."""
 
     def __init__(self, data: bytes, what: str, allowed: dict[tuple[str, str], Any]):
         super().__init__(io.BytesIO(data))
         self.what = what
         self.allowed = dict(allowed)
+        self.users = []
         for item in torch.serialization.get_safe_globals():
             obj, name = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
             module, _, qualname = name.rpartition(".")
             self.allowed[module, qualname] = obj
+            self.users.append(obj)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
@@ -164,6 +183,26 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise ValueError(_REFUSED.format(what=self.what, name=f"{module}.{name}"))
+
+    def load_build(self) -> None:
+        """Fills a dataclass of DCP's. Anything else, a class above all, could be changed for the whole process."""
+        state, instance = self.stack[-1], self.stack[-2]
+        if (type(instance) is TensorProperties and type(state) is tuple) or type(instance) in self.users:
+            super().load_build()
+        elif type(instance) in _DATACLASSES and type(state) is dict:
+            instance.__dict__.update(self.stack.pop())
+        else:
+            raise TypeError(f"it changes a {type(instance).__name__}")
+
+    def load_bytearray8(self) -> None:
+        """It would be allocated before it is read, and no value of DCP's is one."""
+        raise TypeError("it holds a bytearray")
+
+    dispatch: ClassVar = {
+        **_PythonUnpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
 def _unpickle(data: bytes, what: str, allowed: dict[tuple[str, str], Any]) -> Any:

@@ -17,7 +17,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from lora_converter.config import LoRAConfig
-from lora_converter.files import read_json
+from lora_converter.files import read_json, write_whole
 from lora_converter.linear import LoRALinear
 from lora_converter.peft import PeftAdapter
 from lora_converter.titan.peft_bridge import adapted_fqns, linear_shapes, to_peft
@@ -76,7 +76,7 @@ class Description:
     def write(self, folder: str | Path) -> None:
         """Into a step folder that is about to be written."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / DESCRIPTION).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        write_whole(Path(folder) / DESCRIPTION, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
 
     def differences(self, job: "Description", there: Iterable[str], here: Iterable[str]) -> list[str]:
         """What keeps a step from being continued by a job, one phrase each.
@@ -98,13 +98,21 @@ class Description:
         return found
 
 
-def check_same_run(path: str, step: Description | None, stored: Metadata, job: Description, here: Iterable[str]) -> str:
-    """Refuses a step that was trained with other settings than the job's.
+def adapted_in(stored: Metadata) -> list[str]:
+    """The linears that a step folder has adapters of."""
+    names = [name for name in stored.state_dict_metadata if not name.startswith(f"{OPTIMIZER}.")]
+    return adapted_fqns(name for name in names if name.endswith(LoRALinear.adapter_parameter_names))
+
+
+def check_same_run(
+    path: str, step: Description | None, job: Description, *, there: Iterable[str], here: Iterable[str]
+) -> str:
+    """Refuses adapters that were trained with other settings than the job's.
 
     Args:
-        step: What the step's `lora.json` says.
-        stored: What the step holds.
-        here: The linears that the job adapts.
+        step: What is known of them; of a step folder, its `lora.json`.
+        there: The linears that they adapt.
+        here: Those that the job adapts.
 
     Returns:
         The fingerprint of the step's base; empty if it does not say.
@@ -115,12 +123,9 @@ def check_same_run(path: str, step: Description | None, stored: Metadata, job: D
     if step is None:
         logger.warning(f"LoRA: {path} has no {DESCRIPTION}, so its settings and its base are not checked.")
         return ""
-    names = [name for name in stored.state_dict_metadata if not name.startswith(f"{OPTIMIZER}.")]
-    there = adapted_fqns(name for name in names if name.endswith(LoRALinear.adapter_parameter_names))
     if found := step.differences(job, there, here):
         raise ValueError(
-            f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or start anew from the "
-            "base in another job.dump_folder."
+            f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or start anew."
         )
     return step.base_fingerprint
 
@@ -157,7 +162,8 @@ def read_step(path: str | Path, *, base: str = "") -> PeftAdapter:
     described = Description.read(path)
     if described is None:
         raise ValueError(f"{path} is no complete step folder of a LoRA run: it has no {DESCRIPTION}.")
-    stored = read_metadata(path).state_dict_metadata
+    metadata = read_metadata(path)
+    stored = metadata.state_dict_metadata
     try:
         spec = get_train_spec(described.model)
         args = spec.model_args[described.flavor]
@@ -179,7 +185,7 @@ def read_step(path: str | Path, *, base: str = "") -> PeftAdapter:
     if wrong or not shapes:
         raise ValueError(f"{path} is damaged: {', '.join(wrong) or 'no adapter'} is not what {DESCRIPTION} says.")
     state_dict = {name: torch.empty(shape) for name, shape in shapes.items()}
-    load(state_dict, path, no_dist=True)
+    load(state_dict, path, metadata, no_dist=True)
     adapter = spec.state_dict_adapter(args, None)
     return to_peft(
         adapter,

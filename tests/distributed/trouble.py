@@ -104,6 +104,30 @@ def files(folder: Path) -> None:
         assert message.startswith("The fingerprint of the base differs between ranks: '"), message
 
 
+def steps(folder: Path) -> None:
+    """Machines with different steps of one run."""
+    options = [*base_options("llama3", folder.parents[1]), *FSDP2]
+    finish(build(folder / "shared", *options, "--training.steps=2"))
+    dist.barrier()
+    with another_machine(folder) as own:
+        step = own / "run" / "checkpoint" / "step-2"
+        shutil.copytree(folder / "shared" / "checkpoint" / "step-2", step)
+        if dist.get_rank() == 1:
+            (step / "lora.json").unlink()
+        run = build(Path("run"), *options)
+        message = refused(run.trainer.checkpointer.load)
+        assert message.startswith("run/checkpoint/step-2/lora.json differs between ranks: Description("), message
+        assert message.endswith("; None on rank 1. Give all machines the same."), message
+        if dist.get_rank() == 1:
+            shutil.rmtree(step)
+        message = refused(run.trainer.checkpointer.load)
+        run.trainer.close()
+        assert message == (
+            "The step to resume from in run/checkpoint differs between ranks: 2 on rank 0; -1 on rank 1. Give all "
+            "machines the same."
+        ), message
+
+
 class Messages(logging.Handler):
     """The errors that this rank logs."""
 
@@ -188,6 +212,7 @@ def shards(folder: Path) -> None:
 CHECKS: dict[str, Callable[[Path], Any]] = {
     "machines with different settings": settings,
     "machines with different files": files,
+    "machines with different steps": steps,
     "shards of zeros": shards,
     **{
         f"faults under {name}": lambda folder, layout=layout: faults(folder, layout) for name, layout in LAYOUTS.items()

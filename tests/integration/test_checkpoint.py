@@ -218,4 +218,7 @@ def test_resuming_a_finished_run_explains_how_to_train_on(dcp_base: Path, tmp_pa
     options = [f"--checkpoint.initial_load_path={dcp_base}", "--checkpoint.last_save_model_only"]
     train(tmp_path, *options)
     _, message = failing(tmp_path, *options, "--training.steps=5")
-    assert message.startswith(f"{tmp_path}/checkpoint/step-3 holds no optimizer state: it is the last checkpoint of a")
+    assert f"{tmp_path}/checkpoint/step-3 holds no optimizer state: it is the end of a finished run" in message
+    assert "to train on from adapters alone, name them as lora.initial_adapter_path" in message
+    _, message = failing(tmp_path, *options, "--training.steps=5", "--checkpoint.load_step=3")
+    assert message.endswith("or resume an earlier step with checkpoint.load_step.")

@@ -63,7 +63,7 @@ def test_other_settings_are_refused_with_all_differences(way: str, hf_base: Path
         "and True here; 20 linears are adapted only there: "
     )
     assert all(name in message for name in names)
-    assert message.endswith(". Use its settings, or start anew from the base in another job.dump_folder.")
+    assert message.endswith(". Use its settings, or start anew.")
     loaded(folder, *on(hf_base), *start, "--lora.dropout=0.3")  # which may change
 
 
@@ -76,7 +76,7 @@ def test_a_step_that_does_not_tell_its_settings_is_warned_of(
     assert f"{step(tmp_path, 2)} has no lora.json, so its settings and its base are not checked." in caplog.text
     (step(tmp_path, 2) / "lora.json").write_text('{"model": 1}')
     _, message = failing(tmp_path, *on(hf_base))
-    assert message.startswith(f"{step(tmp_path, 2)}/lora.json is damaged")
+    assert f" has steps, and none to continue from: {step(tmp_path, 2)}/lora.json is damaged" in message
 
 
 def refused(folder: Path, *options: str) -> str:
@@ -177,6 +177,11 @@ def test_a_run_that_is_over_has_nothing_left_to_train_and_a_longer_one_goes_on(
     assert again.losses == [] and again.trainer.step == 3
     expected, found = adapter_state(first), adapter_state(again)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    if last:
+        other = build(tmp_path, *on(hf_base), *END, *last, "--lora.alpha=8")
+        with pytest.raises(ValueError, match=r"step-3 was trained with other settings: lora\.alpha is 32\.0 there and"):
+            other.trainer.checkpointer.load()
+        other.trainer.close()
     longer = build(tmp_path, *on(hf_base), *END, *last, "--training.steps=4")
     finish(longer)
     assert len(longer.losses) == 2  # steps 3 and 4: the last one held no optimizer state

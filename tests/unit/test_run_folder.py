@@ -14,7 +14,7 @@ from lora_converter.titan.run_folder import discard, newest_step, stale_steps
 
 def whole(folder: Path, *numbers: int) -> None:
     for number in numbers:
-        state = {"a.lora_a.weight": torch.ones(2), "optimizer.state.a.lora_a.weight.step": torch.ones(())}
+        state = {"a.lora_a.weight": torch.ones(2), "train_state.step": number}
         dcp.save(state, checkpoint_id=folder / f"step-{number}", no_dist=True)
 
 
@@ -27,8 +27,8 @@ def cut_short(folder: Path, number: int) -> None:
     (folder / f"step-{number}" / ".metadata").unlink()
 
 
-def newest(folder: Path, *, last: int = 100, needs_optimizer: bool = True) -> tuple[int, list[str]]:
-    number, skipped = newest_step(str(folder), last=last, needs_optimizer=needs_optimizer)
+def newest(folder: Path, *, last: int = 100, needs_state: bool = True) -> tuple[int, list[str]]:
+    number, skipped = newest_step(str(folder), last=last, needs_state=needs_state)
     return number, [text.replace(f"{folder}/", "") for text in skipped]
 
 
@@ -54,26 +54,54 @@ def test_the_newest_whole_step_is_taken_and_the_newer_ones_are_named_with_the_re
     assert skipped[2].startswith("step-20 is not complete: __0_0.distcp is cut short")
 
 
+END = "holds no optimizer state: it is the end of a finished run (checkpoint.last_save_model_only)"
+
+
 def test_adapters_alone_end_a_run_and_do_not_continue_one(tmp_path: Path) -> None:
     whole(tmp_path, 10)
     adapters_only(tmp_path, 20)
     save_peft(an_adapter(), tmp_path / "step-30")
     assert newest(tmp_path, last=30) == (30, [])
-    reasons = ["step-30 is a PEFT directory, which holds no optimizer state", "step-20 holds no optimizer state"]
-    assert newest(tmp_path, last=40) == (10, reasons)
-    assert newest(tmp_path, last=40, needs_optimizer=False) == (20, reasons[:1])
+    assert newest(tmp_path, last=40) == (10, [f"step-30 {END}", f"step-20 {END}"])
+    assert newest(tmp_path, last=40, needs_state=False) == (20, [f"step-30 {END}"])
     discard(tmp_path / "step-30")
     assert load_peft(tmp_path / "step-30.exported").rank == 3
+    save_peft(an_adapter(rank=2), tmp_path / "step-30")
+    discard(tmp_path / "step-30")
+    assert [load_peft(tmp_path / f"step-30.exported{n}").rank for n in ("", "-1")] == [3, 2]
     assert newest(tmp_path, last=20) == (20, [])
-    discard(tmp_path / "step-10")
-    with pytest.raises(ValueError, match=r"step-20 holds no optimizer state: .*lora\.initial_adapter_path in a new"):
-        newest(tmp_path, last=40)
 
 
-def test_a_seed_checkpoint_is_a_start(tmp_path: Path) -> None:
+def test_steps_that_were_whole_once_are_not_trained_over(tmp_path: Path) -> None:
+    """An archive that is offline, say: a run from step 1 on would come to write where they are."""
+    adapters_only(tmp_path, 20)
+    whole(tmp_path, 30)
+    (tmp_path / "step-30" / "__0_0.distcp").unlink()
+    cut_short(tmp_path, 40)
+    with pytest.raises(ValueError) as error:
+        newest(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path} has steps, and none to continue from: {tmp_path}/step-40 is not a complete")
+    assert "step-30 is not complete: __0_0.distcp is missing; " in message and f"step-20 {END}. Put back" in message
+    for number in (20, 30):
+        discard(tmp_path / f"step-{number}")
+    assert newest(tmp_path)[0] == -1  # what is left never was
+
+
+def test_a_damaged_description_is_a_damaged_step(tmp_path: Path) -> None:
+    whole(tmp_path, 10, 20)
+    (tmp_path / "step-20" / "lora.json").write_text("")
+    number, (reason,) = newest(tmp_path)
+    assert number == 10 and reason.startswith("step-20/lora.json cannot be read as JSON")
+
+
+def test_a_seed_checkpoint_is_a_start_unless_it_is_an_export(tmp_path: Path) -> None:
     adapters_only(tmp_path, 0)
     cut_short(tmp_path, 10)
     assert newest(tmp_path)[0] == 0
+    discard(tmp_path / "step-0")
+    save_peft(an_adapter(), tmp_path / "step-0")
+    assert newest(tmp_path)[0] == -1
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -89,6 +117,23 @@ def test_only_whole_steps_count_as_kept(tmp_path: Path) -> None:
     whole(tmp_path, 45)
     whole(tmp_path, 50)
     assert names(stale_steps(str(tmp_path), keep=2, current=50)) == ["step-10", "step-20", "step-30", "step-40"]
+
+
+def test_what_cannot_be_continued_from_does_not_count_as_kept(tmp_path: Path) -> None:
+    """The end of a run that was made longer, and a step whose data have gone."""
+    whole(tmp_path, 10, 20, 30, 40)
+    adapters_only(tmp_path, 50)
+    (tmp_path / "step-40" / "__0_0.distcp").unlink()
+    cut_short(tmp_path, 60)
+    assert names(stale_steps(str(tmp_path), keep=2, current=60)) == ["step-10", "step-20"]
+
+
+def test_a_link_to_an_archive_is_removed_and_not_the_archive(tmp_path: Path) -> None:
+    whole(tmp_path / "archive", 10)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-10").symlink_to(tmp_path / "archive" / "step-10")
+    discard(tmp_path / "run" / "step-10", wholly=False)
+    assert newest(tmp_path / "archive")[0] == 10 and os.listdir(tmp_path / "run") == []
 
 
 def test_results_and_steps_of_a_later_past_stay(tmp_path: Path) -> None:

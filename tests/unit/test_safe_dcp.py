@@ -1,5 +1,6 @@
 """DCP folders of anybody: no code of theirs runs, and what is not whole is not read."""
 
+import collections
 import os
 import pickle
 from collections.abc import Callable
@@ -31,6 +32,10 @@ def state() -> dict[str, Any]:
     }
 
 
+def read(state_dict: dict[str, Any], path: Path) -> None:
+    load(state_dict, path, read_metadata(path), no_dist=True)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     dcp.save(state(), checkpoint_id=tmp_path / "dcp", no_dist=True)
@@ -39,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_what_dcp_writes_is_read(folder: Path) -> None:
     found = {"w": torch.zeros(3, 4), "empty": torch.zeros(0, 4), "step": 0, "loader": b""}
-    load(found, folder, no_dist=True)
+    read(found, folder)
     assert torch.equal(found["w"], state()["w"]) and found["step"] == 7 and pickle.loads(found["loader"]) == {"at": 3}
     assert set(read_metadata(folder).state_dict_metadata) == set(state())
 
@@ -48,30 +53,72 @@ def test_code_in_the_metadata_is_named_and_does_not_run(folder: Path, tmp_path: 
     metadata = read_metadata(folder)
     metadata.planner_data = RunsCode(tmp_path / "ran")
     (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-    for read in (read_metadata, lambda path: load({"w": torch.zeros(3, 4)}, path, no_dist=True)):
+    for reader in (read_metadata, lambda path: read({"w": torch.zeros(3, 4)}, path)):
         with pytest.raises(ValueError, match=r"\.metadata names posix\.mkdir, which could run code when it is read"):
-            read(folder)
+            reader(folder)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["a value", "a data loader's state"])
-def test_code_in_a_value_is_named_and_does_not_run(wrapped: bool, tmp_path: Path) -> None:
-    value: Any = RunsCode(tmp_path / "ran")
-    dcp.save({"value": pickle.dumps(value) if wrapped else value}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with pytest.raises(ValueError, match=r"could not be read: (value|.*) names posix\.mkdir, which could run code"):
-        load({"value": None}, tmp_path / "dcp", no_dist=True)
+WRAPPED = {
+    "a value": lambda value: value,
+    "a data loader's state": pickle.dumps,
+    "the same in the oldest protocol": lambda value: pickle.dumps(value, protocol=0),
+    "the same as a bytearray": lambda value: bytearray(pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_code_in_a_value_is_named_and_does_not_run(wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    """torchtitan's data loader calls pickle.loads on what it is given under its names."""
+    state = {"dataloader.dp_rank_0": wrap(RunsCode(tmp_path / "ran"))}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(ValueError, match=r"could not be read: dataloader\.dp_rank_0 names posix\.mkdir, which could"):
+        read({"dataloader.dp_rank_0": None}, tmp_path / "dcp")
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_the_user_calls_safe_is_read(tmp_path: Path) -> None:
-    value = pickle.dumps(torch.Generator)
-    dcp.save({"value": value}, checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with pytest.raises(ValueError, match="allow that with torch"):
-        load({"value": None}, tmp_path / "dcp", no_dist=True)
-    found: dict[str, Any] = {"value": None}
-    with torch.serialization.safe_globals([torch.Generator, (torch.Generator, "torch._C.Generator")]):
-        load(found, tmp_path / "dcp", no_dist=True)
-    assert found["value"] == value
+    state = {"dataloader.dp_rank_0": pickle.dumps({"order": collections.deque([3, 4])})}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    found: dict[str, Any] = {"dataloader.dp_rank_0": None}
+    with pytest.raises(ValueError, match=r"names collections\.deque, .* allow that with torch\.serialization"):
+        read(found, tmp_path / "dcp")
+    with torch.serialization.safe_globals([collections.deque]):
+        read(found, tmp_path / "dcp")
+    assert found == state
+
+
+def test_classes_are_not_changed_by_what_is_read(folder: Path) -> None:
+    """A pickle may fill an object with attributes, and a class is an object: of the whole process."""
+    poison = b"\x80\x02cpathlib\nPosixPath\nN}X\x07\x00\x00\x00is_filectorch\nSize\ns\x86b."
+    (folder / METADATA_FILE).write_bytes(poison)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged \(TypeError: it changes a type\)"):
+        read_metadata(folder)
+    assert Path.is_file(folder / METADATA_FILE) is True
+
+
+class Blind(dict):
+    def items(self):  # type: ignore[no-untyped-def]
+        return []
+
+
+def test_tables_that_hide_what_is_in_them_are_refused(folder: Path) -> None:
+    metadata = read_metadata(folder)
+    metadata.storage_data = Blind(metadata.storage_data)
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    with torch.serialization.safe_globals([Blind]), pytest.raises(ValueError, match=r"damaged \(its tables are none"):
+        read_metadata(folder)
+
+
+def test_paths_of_python_3_13_are_known(folder: Path) -> None:
+    data = (folder / METADATA_FILE).read_bytes()
+    name = b"\x8c\x07pathlib"  # SHORT_BINUNICODE and its length
+    assert data.count(name) == 1
+    pickled = pickle.loads(data)
+    text = pickle.dumps(pickled, protocol=2)  # which has no frames whose lengths would change
+    assert text.count(b"cpathlib\n") == 1
+    (folder / METADATA_FILE).write_bytes(text.replace(b"cpathlib\n", b"cpathlib._local\n"))
+    assert read_metadata(folder).state_dict_metadata.keys() == state().keys()
 
 
 def truncate(path: Path, size: int) -> None:
@@ -140,8 +187,17 @@ def test_places_that_are_none_are_refused(fields: dict[str, Any], folder: Path) 
 
 
 def test_a_claim_of_gigabytes_is_not_allocated(folder: Path) -> None:
-    """Protocol 4's BYTEARRAY8 and LONG_BINPUT with sizes that are not there: C's unpickler would allocate them."""
-    for opcode in (b"\x96" + (2**40).to_bytes(8, "little"), b"Nr" + (2**31 - 1).to_bytes(4, "little") + b"."):
+    """BYTEARRAY8, which Python would allocate, and LONG_BINPUT, of which C's unpickler would make a table."""
+    for opcode in (b"\x96" + (2**30).to_bytes(8, "little"), b"Nr" + (2**30).to_bytes(4, "little") + b"."):
         (folder / METADATA_FILE).write_bytes(b"\x80\x05" + opcode)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident()
         with pytest.raises(ValueError, match=r"\.metadata"):
             read_metadata(folder)
+        assert resident() - before < 2**24
+
+
+def resident() -> int:
+    """The peak, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
