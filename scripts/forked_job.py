@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = str(Path(__file__).resolve().parent)
+ROOT = Path(HERE).parent
 
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["forked_job_imports"])
@@ -46,7 +47,8 @@ class ForkedJob:
 
     def launch(self) -> None:
         """Starts the ranks."""
-        with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):  # Python 3.11 passes no sys.path on
+        # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
+        with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
             forkserver.ensure_running()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._launches += 1

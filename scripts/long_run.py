@@ -1,9 +1,10 @@
 """Trains long, saves often, and watches the process from outside: memory, open files, threads.
 
-    python scripts/long_run.py [--steps 2000] [--interval 50] [--flavor debugmodel] [--async-mode disabled|async]
+    python scripts/long_run.py [--steps 2000] [--interval 50] [--flavor debugmodel] [--async-mode async] [--full]
 
-One rank of the debug job with adapters, checkpoint.keep_latest_k = 2. What is held may only move within the first
-fifth of the steps; the slope of the resident memory is that of a least-squares line over the rest.
+One rank of the debug job with adapters, or with all weights to compare with; checkpoint.keep_latest_k = 2. What is held
+may only move within the first fifth of the steps; the slope of the resident memory is that of a least-squares line over
+the rest.
 """
 
 import argparse
@@ -48,18 +49,22 @@ def watch(job: ForkedJob, steps: int, every: int) -> list[Sample]:
     return samples
 
 
-def long_run(folder: Path, *, steps: int, interval: int, flavor: str, async_mode: str = "disabled") -> list[Sample]:
+def long_run(
+    folder: Path, *, steps: int, interval: int, flavor: str, async_mode: str = "disabled", full: bool = False
+) -> list[Sample]:
     """The job in `folder / "run"`, on a random base of its own; samples of the settled part."""
     model = f"--model.flavor={flavor}"
     one_step = ["--training.steps=1", "--checkpoint.interval=1", "--training.local_batch_size=2"]
     ForkedJob(folder / "base", 1, "debug_base.toml", [model, *one_step]).run()
     settings = [
-        *(model, "--training.local_batch_size=2", f"--training.steps={steps}", "--lora.dropout=0.1"),
+        *(model, "--training.local_batch_size=2", f"--training.steps={steps}"),
         *(f"--checkpoint.interval={interval}", "--checkpoint.keep_latest_k=2"),
         *(f"--checkpoint.async_mode={async_mode}", f"--metrics.log_freq={max(1, steps // 200)}"),
         f"--checkpoint.initial_load_path={folder}/base/checkpoint/step-1",
     ]
-    job = ForkedJob(folder / "run", 1, "debug_lora.toml", settings)
+    adapters = [] if full else ["--lora.dropout=0.1"]
+    config = "debug_base.toml" if full else "debug_lora.toml"
+    job = ForkedJob(folder / "run", 1, config, [*settings, *adapters])
     return [s for s in watch(job, steps, max(1, steps // 200)) if s.step > steps / 5]
 
 
@@ -74,11 +79,12 @@ def main() -> None:
     parser.add_argument("--interval", type=int, default=50, help="of the checkpoints")
     parser.add_argument("--flavor", default="debugmodel")
     parser.add_argument("--async-mode", default="disabled")
+    parser.add_argument("--full", action="store_true", help="all weights, without adapters")
     options = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, kind = Path(temporary), {"flavor": options.flavor, "async_mode": options.async_mode}
-        settled = long_run(folder, steps=options.steps, interval=options.interval, **kind)
+        folder = Path(temporary)
+        settled = long_run(folder, **vars(options))
         left = sorted(path.name for path in (folder / "run" / "checkpoint").iterdir())
     first, last = settled[0], settled[-1]
     print(f"{options.steps} steps, {options.steps // options.interval} checkpoints, {time.monotonic() - start:.0f} s")
