@@ -35,7 +35,7 @@ from lora_converter.titan.dcp_folder import ADAPTER_OPTION, BASE_OPTION, check_f
 from lora_converter.titan.dropout import DropoutSeeds
 from lora_converter.titan.faults import FaultWatch
 from lora_converter.titan.hf_base import HuggingFaceBase
-from lora_converter.titan.job_config import LoRA
+from lora_converter.titan.job_config import PARTS, LoRA
 from lora_converter.titan.metrics import log_phase
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titan.peft_bridge import adapted_fqns, from_peft, gather_adapter, load_peft_everywhere, to_peft
@@ -106,8 +106,7 @@ class LoRACheckpointManager(CheckpointManager):
 
     def _find_step(self, step: int) -> int:
         if step == -1:
-            needs_state = TRAIN_STATE not in self.exclude_from_loading
-            step, skipped = newest_step(self.folder, last=self._last_step, needs_state=needs_state)
+            step, skipped = newest_step(self.folder, last=self._last_step, needs_state=self._loads_state)
             for problem in skipped:
                 logger.warning(f"LoRA: not resumed from: {problem}.")
             return step
@@ -177,6 +176,11 @@ class LoRACheckpointManager(CheckpointManager):
     @property
     def _last_step(self) -> int:
         return self.job_config.training.steps
+
+    @property
+    def _loads_state(self) -> bool:
+        """Whether more than the model is read of a step."""
+        return any(part not in self.exclude_from_loading for part in PARTS if part != MODEL)
 
     def _write_merged(self, adapter: str, output: str) -> None:
         assert self.base_source is not None
@@ -294,7 +298,7 @@ class LoRACheckpointManager(CheckpointManager):
             return self._check_end(step, self._check_peft(path))
         stored = stored_in(path, f"checkpoint.load_step = {step}")
         names = stored.state_dict_metadata
-        wants_state = step > 0 and TRAIN_STATE not in self.exclude_from_loading  # step 0 is a seed checkpoint
+        wants_state = step > 0 and self._loads_state  # step 0 is a seed checkpoint
         adapters_only = wants_state and over and not has_state(stored)
         model_only = step == 0 or adapters_only
         stores_base = any(name in names for name in self.base.state_dict())

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lora_converter.titan.ranks import agreed, gather_all, together
@@ -46,8 +47,11 @@ def check_fits(wanted: dict[str, Any], stored: Metadata, what: str) -> None:
         entry = stored.state_dict_metadata.get(name)
         if entry is None:
             missing.append(name)
-        elif isinstance(entry, TensorStorageMetadata) and entry.size != tensor.shape:
-            misshapen.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} in the model")
+        elif isinstance(entry, TensorStorageMetadata):
+            if entry.size != tensor.shape:
+                misshapen.append(f"{name} is {tuple(entry.size)} there and {tuple(tensor.shape)} in the model")
+        elif isinstance(tensor, torch.Tensor):
+            misshapen.append(f"{name} is no tensor there and {tuple(tensor.shape)} in the model")
     missing, misshapen = union_over_ranks(missing), union_over_ranks(misshapen)
     if missing or misshapen:
         found = [f"{len(missing)} keys are missing: {', '.join(missing)}."] if missing else []

@@ -28,10 +28,6 @@ PARTS = (MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE)
 """What a checkpoint is made of, in torchtitan's names."""
 
 
-_OF_THE_MACHINE = ("comm.", "fault_tolerance.", "job.config_file", "metrics.", "profiling.")
-"""What may differ between ranks of the job config, but for how often metrics are reduced over them."""
-
-
 @dataclass
 class FullPhase:
     """`[lora.full_phase]`: every weight is trained first, and the adapters then on the result (see `phases.py`)."""
@@ -94,6 +90,10 @@ class JobConfig:
 
     lora: LoRA = field(default_factory=LoRA)
     """Low-rank adapters; used when model.converters has "lora"."""
+
+
+_OF_THE_MACHINE = ("comm.", "fault_tolerance.", "job.config_file", "metrics.", "profiling.")
+"""What may differ between ranks of the job config, but for how often metrics are reduced over them."""
 
 
 @functools.cache

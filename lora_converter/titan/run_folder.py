@@ -52,7 +52,7 @@ def newest_step(folder: str, *, last: int, needs_state: bool = True) -> tuple[in
                 Description.read(path)
                 stored = read_metadata(path)
                 usable = usable or not needs_state or has_state(stored)
-        except ValueError as e:
+        except (ValueError, OSError) as e:
             skipped.append(str(e).removesuffix("."))
             once_whole = once_whole or (path / METADATA_FILE).exists()
             continue

@@ -6,11 +6,15 @@ Here a pickle may name DCP's own classes and what `torch.serialization.add_safe_
 Sizes and file names are checked against the files before anything is allocated.
 """
 
+import dataclasses
 import io
 import math
-import pathlib
+import os
 import pickle
+import pickletools
 import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.utils import _ReaderView
 
 from lora_converter.files import check_regular
 
@@ -39,11 +44,28 @@ _UNPICKLED = "dataloader."
 """Values of these names are pickles that torchtitan loads."""
 
 _DATACLASSES = (*(getattr(dcp_metadata, name) for name in dcp_metadata.__all__), _StorageInfo)
-_PATHS = ("PosixPath", "PurePosixPath", "PureWindowsPath")
-_OF_DCP = {
-    (cls.__module__, cls.__qualname__): cls
-    for cls in (*_DATACLASSES, dcp_metadata._MEM_FORMAT_ENCODING, torch.Size, torch.serialization._get_layout)
-} | {(module, name): getattr(pathlib, name) for module in ("pathlib", "pathlib._local") for name in _PATHS}
+
+
+def _size(values: tuple = ()) -> torch.Size:
+    if len(values) > 64:
+        raise TypeError("it holds a size of more than 64 dimensions")
+    return torch.Size(values)
+
+
+def _no_path(*parts: Any) -> None:
+    """Where the folder was when it was written, of which nothing is made."""
+
+
+_MEMORY_FORMAT = dcp_metadata._MEM_FORMAT_ENCODING
+_UNTIL_TORCH_2_2 = "torch.distributed._shard.sharded_tensor.metadata"
+_OF_DCP: dict[tuple[str, str], Any] = {
+    **{(cls.__module__, cls.__qualname__): cls for cls in (*_DATACLASSES, _MEMORY_FORMAT)},
+    **{(module, name): _no_path for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
+    ("torch", "Size"): _size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    (_UNTIL_TORCH_2_2, "TensorProperties"): TensorProperties,
+    (_UNTIL_TORCH_2_2, "MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
+}
 """What DCP's metadata are made of. `pathlib._local` is where Python 3.13 has its paths."""
 
 _PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
@@ -71,6 +93,28 @@ class SafeReader(FileSystemReader):
         self._metadata.storage_meta.load_id = self.load_id
         return self._metadata
 
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> Any:
+        """The bytes of a tensor or value, once they are known not to be compressed: they take what they are large."""
+        found = _Slice(file, sinfo.offset, sinfo.length)
+        try:
+            with zipfile.ZipFile(found) as archive:  # type: ignore[arg-type]
+                entries = archive.infolist()
+        except (zipfile.BadZipFile, OSError, ValueError) as e:
+            raise ValueError(f"{sinfo.relative_path} is damaged ({e}).") from None
+        if any(entry.compress_type for entry in entries) or sum(entry.file_size for entry in entries) > sinfo.length:
+            raise ValueError(f"{sinfo.relative_path} holds compressed values, which DCP does not write.")
+        found.seek(0)
+        return found
+
+
+class _Slice(_ReaderView):
+    """DCP's, whose positions from the end are wrong."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        if whence == os.SEEK_END:
+            offset, whence = self.len + offset, os.SEEK_SET
+        return super().seek(offset, whence)
+
 
 class SafePlanner(DefaultLoadPlanner):
     """DCP's planner, which loads values that are no tensors with `weights_only`."""
@@ -78,13 +122,14 @@ class SafePlanner(DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Puts a value in its place. torchtitan's data loader unpickles its own, so these are looked through first."""
         fqn = read_item.dest_index.fqn
+        _refuse_bytearrays(value, fqn)
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as e:
             named = re.search(r"GLOBAL (\S+)", str(e))  # torch's text goes on to advise weights_only=False
             raise ValueError(_REFUSED.format(what=fqn, name=named[1]) if named else f"{fqn} is damaged.") from None
-        if fqn.startswith(_UNPICKLED) and isinstance(loaded, bytes | bytearray):
-            _unpickle(bytes(loaded), fqn, {})
+        if fqn.startswith(_UNPICKLED) and isinstance(loaded, bytes):
+            loaded = pickle.dumps(_unpickle(loaded, fqn, {}))  # what was looked through, and no other reading of it
         set_element(self.original_state_dict, self.mappings[fqn], loaded)
 
 
@@ -120,7 +165,7 @@ def read_metadata(path: str | Path) -> Metadata:
     metadata = _unpickle(file.read_bytes(), str(file), _OF_DCP)
     try:
         _check(metadata, path)
-    except (AttributeError, TypeError) as e:
+    except (AttributeError, TypeError, OverflowError, OSError) as e:
         raise ValueError(f"{file} is damaged ({e}).") from None
     return metadata
 
@@ -134,8 +179,8 @@ def _check(metadata: Metadata, folder: Path) -> None:
     sizes: dict[str, int] = {}
     for index, stored in metadata.storage_data.items():
         name = stored.relative_path
-        if not isinstance(name, str):
-            raise TypeError("a file's name is none")
+        if not type(name) is type(index.fqn) is str or not type(stored.offset) is type(stored.length) is int:
+            raise TypeError("a place in a file is none")
         if name not in sizes:
             if name in ("", ".", "..") or Path(name).name != name:
                 raise ValueError(f"{folder / METADATA_FILE} names {name!r}, which is not in its folder.")
@@ -148,6 +193,10 @@ def _check(metadata: Metadata, folder: Path) -> None:
         if isinstance(entry, BytesStorageMetadata):
             parts = [(MetadataIndex(fqn), 0)]
         elif isinstance(entry, TensorStorageMetadata):
+            if {type(size) for chunk in entry.chunks for size in (chunk.sizes, chunk.offsets, entry.size)} - {
+                torch.Size
+            }:
+                raise TypeError("a size is none")
             parts = [
                 (MetadataIndex(fqn, chunk.offsets), math.prod(chunk.sizes) * entry.properties.dtype.itemsize)
                 for chunk in entry.chunks
@@ -163,6 +212,40 @@ def _check(metadata: Metadata, folder: Path) -> None:
                 raise ValueError(f"{folder / METADATA_FILE} is damaged: {fqn} is not in the folder's files.")
 
 
+_TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+
+
+def _shallow(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Tuples deep in tuples end the process when they are hashed."""
+
+    def load_shallow(self: Any) -> None:
+        load(self)
+        if _deeper_than(8, self.stack[-1]):
+            raise TypeError("it holds tuples in tuples in tuples")
+
+    return load_shallow
+
+
+def _deeper_than(limit: int, value: Any) -> bool:
+    return type(value) is tuple and (limit == 0 or any(_deeper_than(limit - 1, item) for item in value))
+
+
+def _names(instance: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(instance)}
+
+
+def _refuse_bytearrays(value: io.BytesIO, fqn: str) -> None:
+    """`weights_only` makes a bytearray of whatever size a value asks for."""
+    with zipfile.ZipFile(value) as archive:
+        for name in archive.namelist():
+            if name.endswith("data.pkl") and any(
+                op.name == "GLOBAL" and str(arg).endswith(" bytearray")
+                for op, arg, _ in pickletools.genops(archive.read(name))
+            ):
+                raise ValueError(f"{fqn} holds a bytearray, which is not read.")
+    value.seek(0)
+
+
 class _Unpickler(_PythonUnpickler):
     """Python's own, whose steps can be overridden: of a pickle only plain values and the allowed objects are made."""
 
@@ -174,8 +257,9 @@ class _Unpickler(_PythonUnpickler):
         for item in torch.serialization.get_safe_globals():
             obj, name = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
             module, _, qualname = name.rpartition(".")
-            self.allowed[module, qualname] = obj
-            self.users.append(obj)
+            if not module.startswith("torch."):  # torch has put DeviceMesh and the like there
+                self.allowed[module, qualname] = obj
+                self.users.append(obj)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.allowed:
@@ -189,7 +273,7 @@ class _Unpickler(_PythonUnpickler):
         state, instance = self.stack[-1], self.stack[-2]
         if (type(instance) is TensorProperties and type(state) is tuple) or type(instance) in self.users:
             super().load_build()
-        elif type(instance) in _DATACLASSES and type(state) is dict:
+        elif type(instance) in _DATACLASSES and type(state) is dict and state.keys() <= _names(instance):
             instance.__dict__.update(self.stack.pop())
         else:
             raise TypeError(f"it changes a {type(instance).__name__}")
@@ -202,6 +286,7 @@ class _Unpickler(_PythonUnpickler):
         **_PythonUnpickler.dispatch,
         pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
+        **{opcode[0]: _shallow(_PythonUnpickler.dispatch[opcode[0]]) for opcode in _TUPLES},
     }
 
 

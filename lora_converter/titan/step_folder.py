@@ -64,7 +64,7 @@ class Description:
             found = read_json(path)
             description = Description(**{"base_fingerprint": "", **found})
             LoRAConfig(**description.lora)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except TypeError as e:
             raise ValueError(f"{path} is damaged ({e}).") from None

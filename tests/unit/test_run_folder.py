@@ -95,6 +95,12 @@ def test_a_damaged_description_is_a_damaged_step(tmp_path: Path) -> None:
     assert number == 10 and reason.startswith("step-20/lora.json cannot be read as JSON")
 
 
+def test_a_file_in_place_of_a_step_is_passed_over(tmp_path: Path) -> None:
+    whole(tmp_path, 10)
+    (tmp_path / "step-20").write_text("")
+    assert newest(tmp_path)[0] == 10
+
+
 def test_a_seed_checkpoint_is_a_start_unless_it_is_an_export(tmp_path: Path) -> None:
     adapters_only(tmp_path, 0)
     cut_short(tmp_path, 10)

@@ -1,8 +1,10 @@
 """DCP folders of anybody: no code of theirs runs, and what is not whole is not read."""
 
 import collections
+import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from lora_converter.titan.safe_dcp import METADATA_FILE, load, read_metadata
+from lora_converter.titan import cpu
+
+cpu.prepare()  # before torchtitan
+
+from lora_converter.titan.dcp_folder import check_fits  # noqa: E402
+from lora_converter.titan.safe_dcp import METADATA_FILE, load, read_metadata  # noqa: E402
 
 
 class RunsCode:
@@ -63,7 +75,6 @@ WRAPPED = {
     "a value": lambda value: value,
     "a data loader's state": pickle.dumps,
     "the same in the oldest protocol": lambda value: pickle.dumps(value, protocol=0),
-    "the same as a bytearray": lambda value: bytearray(pickle.dumps(value)),
 }
 
 
@@ -90,11 +101,11 @@ def test_what_the_user_calls_safe_is_read(tmp_path: Path) -> None:
 
 def test_classes_are_not_changed_by_what_is_read(folder: Path) -> None:
     """A pickle may fill an object with attributes, and a class is an object: of the whole process."""
-    poison = b"\x80\x02cpathlib\nPosixPath\nN}X\x07\x00\x00\x00is_filectorch\nSize\ns\x86b."
+    poison = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\nN}X\x06\x00\x00\x00__eq__ctorch\nSize\ns\x86b."
     (folder / METADATA_FILE).write_bytes(poison)
     with pytest.raises(ValueError, match=r"\.metadata is damaged \(TypeError: it changes a type\)"):
         read_metadata(folder)
-    assert Path.is_file(folder / METADATA_FILE) is True
+    assert Metadata.__eq__(read_metadata, 1) is NotImplemented
 
 
 class Blind(dict):
@@ -186,15 +197,82 @@ def test_places_that_are_none_are_refused(fields: dict[str, Any], folder: Path) 
     assert str(folder) in rewritten(lambda m: storage(m, **fields), folder)
 
 
-def test_a_claim_of_gigabytes_is_not_allocated(folder: Path) -> None:
-    """BYTEARRAY8, which Python would allocate, and LONG_BINPUT, of which C's unpickler would make a table."""
-    for opcode in (b"\x96" + (2**30).to_bytes(8, "little"), b"Nr" + (2**30).to_bytes(4, "little") + b"."):
-        (folder / METADATA_FILE).write_bytes(b"\x80\x05" + opcode)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = resident()
-        with pytest.raises(ValueError, match=r"\.metadata"):
-            read_metadata(folder)
-        assert resident() - before < 2**24
+BOMBS = {
+    "a bytearray that is not there": b"\x80\x05\x96" + (2**30).to_bytes(8, "little"),
+    "an index of a table": b"\x80\x05Nr" + (2**30).to_bytes(4, "little") + b".",
+    "tuples in tuples, which end a process that hashes them": b"\x80\x04})" + b"\x85" * 2_000_000 + b"Ns.",
+    "a path that doubles": b"\x80\x02cpathlib\nPosixPath\nq\x00X\x01\x00\x00\x00a\x85Rq\x01"
+    + b"0h\x00h\x01h\x01\x86Rq\x01" * 26
+    + b".",
+    "a size of many dimensions": b"\x80\x02ctorch\nSize\n(" + b"K\x00" * 100_000 + b"t\x85R.",
+    "a size that is a list": pickle.dumps(
+        Metadata(
+            {"w": TensorStorageMetadata(TensorProperties(), [2**27, (0,)], [ChunkStorageMetadata([0], [2**27, (0,)])])},
+            storage_data={},
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
+def test_small_files_do_not_become_large_ones(data: bytes, folder: Path) -> None:
+    (folder / METADATA_FILE).write_bytes(data)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident()
+    with pytest.raises(ValueError, match=r"\.metadata"):
+        read_metadata(folder)
+    assert resident() - before < 2**24 + 64 * len(data)  # Python's objects, of two million opcodes
+
+
+def test_a_data_loader_is_given_what_was_read_and_not_another_reading_of_it(tmp_path: Path) -> None:
+    """Python's unpickler keeps an index of 2^27 in a dict; C's would make a table of a gigabyte."""
+    state = {"dataloader.dp_rank_0": b"\x80\x04Nr\xff\xff\xff\x07."}
+    dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    found: dict[str, Any] = {"dataloader.dp_rank_0": None}
+    read(found, tmp_path / "dcp")
+    assert found["dataloader.dp_rank_0"] == pickle.dumps(None)
+
+
+class Large:
+    def __reduce__(self) -> tuple:
+        return bytearray, (2**30,)
+
+
+def test_values_that_unfold_are_refused(tmp_path: Path, folder: Path) -> None:
+    dcp.save({"value": Large()}, checkpoint_id=tmp_path / "large", no_dist=True)
+    with pytest.raises(ValueError, match="value holds a bytearray, which is not read"):
+        read({"value": None}, tmp_path / "large")
+    metadata = read_metadata(folder)
+    info = next(info for index, info in metadata.storage_data.items() if index.fqn == "w")
+    data = (folder / info.relative_path).read_bytes()
+    packed = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(data[info.offset : info.offset + info.length])) as stored,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    info.offset, info.length = len(data), len(packed.getvalue())
+    (folder / info.relative_path).write_bytes(data + packed.getvalue())
+    (folder / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="holds compressed values, which DCP does not write"):
+        read({"w": torch.zeros(3, 4)}, folder)
+
+
+def test_the_names_of_torch_2_2_are_known(folder: Path) -> None:
+    text = pickle.dumps(pickle.loads((folder / METADATA_FILE).read_bytes()), protocol=2)
+    new, old = (f"ctorch.distributed.{of}.metadata\n".encode() for of in ("checkpoint", "_shard.sharded_tensor"))
+    for before, after in ((b"TensorProperties\n",) * 2, (b"_MEM_FORMAT_ENCODING\n", b"MEM_FORMAT_ENCODING\n")):
+        assert new + before in text
+        text = text.replace(new + before, old + after)
+    (folder / METADATA_FILE).write_bytes(text)
+    assert read_metadata(folder).state_dict_metadata.keys() == state().keys()
+
+
+def test_a_weight_that_is_stored_as_a_value_does_not_fit(tmp_path: Path) -> None:
+    dcp.save({"w": "hello"}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    with pytest.raises(ValueError, match=r"w is no tensor there and \(2,\) in the model"):
+        check_fits({"w": torch.zeros(2)}, read_metadata(tmp_path / "dcp"), "it")
 
 
 def resident() -> int:
