@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from lora_converter.apply import adapted_linears
 from lora_converter.config import scaling
 from lora_converter.files import REPLACED, appears_complete, check_regular, read_json, remove
-from lora_converter.hf_folder import write_tensors
+from lora_converter.hf_folder import FLOATS, write_tensors
 from lora_converter.linear import LoRALinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
@@ -192,7 +192,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         base_fingerprint=metadata.get(_FINGERPRINT, ""),
     )
     _check_factors(adapter, str(folder))
-    broken = [m for m, pair in adapter.factors.items() if not all(factor.isfinite().all() for factor in pair)]
+    broken = [m for m, pair in adapter.factors.items() if not all(map(_is_finite, pair))]
     if broken:
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
@@ -326,8 +326,13 @@ def _check_factors(adapter: PeftAdapter, what: str) -> None:
         shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
         if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == adapter.rank):
             raise ValueError(f"{what}: {shapes}; with r = {adapter.rank} they must be (r, in) and (out, r).")
-        if not (a.is_floating_point() and b.is_floating_point()):
+        if not {a.dtype, b.dtype} <= FLOATS.keys():
             raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")
+
+
+def _is_finite(factor: torch.Tensor) -> bool:
+    """Without a mask of the factor's size."""
+    return not factor.numel() or all(bool(extreme.isfinite()) for extreme in factor.aminmax())
 
 
 def _as_list(target_modules: Any) -> list[str]:

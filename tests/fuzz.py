@@ -28,7 +28,7 @@ from lora_converter.titan.step_folder import Description, read_step
 WIDE = 2**17
 """Features, so that a file of factors takes 2 MiB and what is done beside reading it is small."""
 
-NOISE = 2**19
+NOISE = 2**20
 """Bytes of Python's own arenas, which do not shrink."""
 
 Read = Callable[[], object]
