@@ -4,6 +4,7 @@ A process that is killed while it writes leaves a draft, `<name>.incomplete`, wh
 removes. Permissions are those of the umask.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -87,6 +88,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object.")
     return value
+
+
+def digest(*paths: Path) -> str:
+    """SHA-256 of files one after the other, 12 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**24):
+                sha.update(block)
+    return sha.hexdigest()[:12]
 
 
 def check_regular(path: Path) -> None:

@@ -8,7 +8,6 @@ misses; here every key, shape and setting is checked on the way in and out, and 
 modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -238,16 +237,6 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     names = LoRALinear.adapter_parameter_names
     state = {f"{fqn}.{n}": f for fqn, pair in adapter.factors.items() for n, f in zip(names, pair, strict=True)}
     load_adapter_state_dict(model, state)
-
-
-def digest(folder: str | Path) -> str:
-    """SHA-256 of a PEFT directory's two files, 12 hexadecimal digits."""
-    sha = hashlib.sha256()
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        with open(Path(folder) / name, "rb") as file:
-            while block := file.read(2**24):
-                sha.update(block)
-    return sha.hexdigest()[:12]
 
 
 def _config(adapter: PeftAdapter) -> dict[str, Any]:

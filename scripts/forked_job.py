@@ -124,6 +124,12 @@ class ForkedJob:
         return self.folder / f"launch-{self._launches}.rank-{rank}.log"
 
 
+def make_base(folder: Path, *options: str) -> Path:
+    """A base for other jobs, with random weights: the DCP folder."""
+    ForkedJob(folder, 1, "debug_base.toml", ["--training.steps=1", "--checkpoint.interval=1", *options]).run()
+    return folder / "checkpoint" / "step-1"
+
+
 def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)

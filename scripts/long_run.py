@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import linear_regression
 
-from forked_job import ForkedJob
+from forked_job import ForkedJob, make_base
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,12 @@ def long_run(
 ) -> list[Sample]:
     """The job in `folder / "run"`, on a random base of its own; samples of the settled part."""
     model = f"--model.flavor={flavor}"
-    one_step = ["--training.steps=1", "--checkpoint.interval=1", "--training.local_batch_size=2"]
-    ForkedJob(folder / "base", 1, "debug_base.toml", [model, *one_step]).run()
+    base = make_base(folder / "base", model, "--training.local_batch_size=2")
     settings = [
         *(model, "--training.local_batch_size=2", f"--training.steps={steps}"),
         *(f"--checkpoint.interval={interval}", "--checkpoint.keep_latest_k=2"),
         *(f"--checkpoint.async_mode={async_mode}", f"--metrics.log_freq={max(1, steps // 200)}"),
-        f"--checkpoint.initial_load_path={folder}/base/checkpoint/step-1",
+        f"--checkpoint.initial_load_path={base}",
     ]
     adapters = [] if full else ["--lora.dropout=0.1"]
     config = "debug_base.toml" if full else "debug_lora.toml"

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from forked_job import ForkedJob
+from forked_job import ForkedJob, make_base
 
 OPTIONS = (
     *("--lora.rank=4", "--lora.dropout=0.1", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2"),
@@ -38,13 +38,6 @@ class Counts:
     """Steps that were trained once more."""
     lost: int = 0
     """Launches that did not continue from the newest complete step."""
-
-
-def make_base(folder: Path) -> Path:
-    """A base for the jobs, with random weights."""
-    job = ForkedJob(folder, 1, "debug_base.toml", ["--training.steps=1", "--checkpoint.interval=1"])
-    job.run()
-    return folder / "checkpoint" / "step-1"
 
 
 def torture(

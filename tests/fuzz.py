@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from harness import TINY  # registers the flavor "tiny"
+from memory import Resident
 from mutation import mutate, write_mutated
 from safetensors.torch import save_file
 
@@ -80,21 +81,6 @@ def a_model() -> nn.Module:
     model = nn.Sequential(nn.Linear(8, WIDE), nn.Linear(WIDE, 4))
     apply_lora(model, LoRAConfig(rank=4))
     return model
-
-
-class Resident:
-    """Resident memory of this process: its peak since the start, above what it was then."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
-        self.start = self._read("VmRSS")
-
-    def peak(self) -> int:
-        return self._read("VmHWM") - self.start
-
-    def _read(self, field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
 
 
 KINDS: dict[str, tuple[Callable[[Path], tuple[list[Path], Read]], int]] = {

@@ -1,12 +1,12 @@
 """A folder against what the model needs of it: one verdict on all ranks, before anything is loaded."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lora_converter.files import digest
 from lora_converter.titan.ranks import agreed, gather_all, together
 from lora_converter.titan.safe_dcp import METADATA_FILE, read_metadata
 
@@ -35,8 +35,8 @@ def stored_in(path: str, option: str) -> Metadata:
             hint = _HINTS.get(option, "") if "has no .metadata" in str(e) else ""
             raise ValueError(f"{option}: {e}{hint}") from None
 
-    stored, digest = together(lambda: (read(), hashlib.sha256(Path(path, METADATA_FILE).read_bytes()).hexdigest()[:12]))
-    agreed(digest, f"{option}: {path}/{METADATA_FILE} (SHA-256)")
+    stored, found = together(lambda: (read(), digest(Path(path, METADATA_FILE))))
+    agreed(found, f"{option}: {path}/{METADATA_FILE} (SHA-256)")
     return stored
 
 

@@ -56,14 +56,15 @@ class FaultWatch:
         if not (saves or suspicious or self._steps == 1):
             return True
         linears = {linear.lora_fqn: linear for part in self._model_parts for linear in adapted_linears(part)}
-        factors = {fqn: [linear.lora_a.weight, linear.lora_b.weight] for fqn, linear in linears.items()}
-        gradients = {fqn: [p.grad for p in pair if p.grad is not None] for fqn, pair in factors.items()}
-        largest = _largest({fqn: pair[1:] for fqn, pair in factors.items()})
-        broken = [fqn for fqn, value in _largest(factors).items() if not math.isfinite(value)]
+        a = {fqn: linear.lora_a.weight for fqn, linear in linears.items()}
+        b = {fqn: linear.lora_b.weight for fqn, linear in linears.items()}
+        gradients = {fqn: [p.grad for p in (a[fqn], b[fqn]) if p.grad is not None] for fqn in linears}
+        largest_a, largest_b = (_largest({fqn: [p] for fqn, p in factor.items()}) for factor in (a, b))
         self._report(step, NO_GRADIENT, _zero_on_all_ranks(_largest(gradients)))
         if self._steps > 1:
-            self._report(step, ALL_ZERO, _zero_on_all_ranks(largest))
-        broken = union_over_ranks(broken)
+            self._report(step, ALL_ZERO, _zero_on_all_ranks(largest_b))
+        finite = {fqn for fqn in linears if math.isfinite(largest_a[fqn]) and math.isfinite(largest_b[fqn])}
+        broken = union_over_ranks([fqn for fqn in linears if fqn not in finite])
         self._report(step, NOT_FINITE, broken)
         return not broken
 

@@ -21,9 +21,10 @@ from torchtitan.protocols import BaseStateDictAdapter
 
 from lora_converter.apply import plain_fqn
 from lora_converter.config import LoRAConfig
+from lora_converter.files import digest
 from lora_converter.hf_folder import FLOATS, weight_shapes
 from lora_converter.linear import LoRAFactor
-from lora_converter.peft import PeftAdapter, digest, load_peft
+from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, load_peft
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.naming import hf_linears, hf_name, hf_names
 from lora_converter.titan.ranks import agreed, together
@@ -157,7 +158,7 @@ def load_peft_everywhere(path: str) -> PeftAdapter:
     Raises:
         ValueError: On all ranks, if one cannot read its folder, or if they hold different adapters.
     """
-    peft, found = together(lambda: (load_peft(path), digest(path)))
+    peft, found = together(lambda: (load_peft(path), digest(Path(path, CONFIG_FILE), Path(path, WEIGHTS_FILE))))
     agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
     return peft
 

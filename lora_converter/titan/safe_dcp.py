@@ -1,12 +1,10 @@
 """Reads DCP folders without running what is in them, and tells whole ones from those that were cut short.
 
 torch reads `.metadata`, and every value that is no tensor, with plain pickle, which runs whatever code the file names.
-Here a pickle may name DCP's own classes and what `torch.serialization.add_safe_globals` was given, and nothing else
-(https://docs.python.org/3/library/pickle.html#restricting-globals); values are read with torch's `weights_only`.
+Here `.metadata` is read by `safe_pickle.py`, and values with torch's `weights_only`.
 Sizes and file names are checked against the files before anything is allocated.
 """
 
-import dataclasses
 import io
 import math
 import os
@@ -14,9 +12,8 @@ import pickle
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,51 +26,19 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.utils import _ReaderView
 
 from lora_converter.files import check_regular
+from lora_converter.titan.safe_pickle import DCP_METADATA, REFUSED, unpickle
 
 METADATA_FILE = ".metadata"
 """Written last, so a folder that has it is whole unless somebody took a file away."""
 
 _UNPICKLED = "dataloader."
 """Values of these names are pickles that torchtitan loads."""
-
-_DATACLASSES = (*(getattr(dcp_metadata, name) for name in dcp_metadata.__all__), _StorageInfo)
-
-
-def _size(values: tuple = ()) -> torch.Size:
-    if len(values) > 64:
-        raise TypeError("it holds a size of more than 64 dimensions")
-    return torch.Size(values)
-
-
-def _no_path(*parts: Any) -> None:
-    """Where the folder was when it was written, of which nothing is made."""
-
-
-_MEMORY_FORMAT = dcp_metadata._MEM_FORMAT_ENCODING
-_UNTIL_TORCH_2_2 = "torch.distributed._shard.sharded_tensor.metadata"
-_OF_DCP: dict[tuple[str, str], Any] = {
-    **{(cls.__module__, cls.__qualname__): cls for cls in (*_DATACLASSES, _MEMORY_FORMAT)},
-    **{(module, name): _no_path for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")},
-    ("torch", "Size"): _size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    (_UNTIL_TORCH_2_2, "TensorProperties"): TensorProperties,
-    (_UNTIL_TORCH_2_2, "MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
-}
-"""What DCP's metadata are made of. `pathlib._local` is where Python 3.13 has its paths."""
-
-_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
-
-_REFUSED = (
-    "{what} names {name}, which could run code when it is read, so it is not. If you trust it, allow that with "
-    "torch.serialization.add_safe_globals."
-)
 
 
 class SafeReader(FileSystemReader):
@@ -127,9 +92,9 @@ class SafePlanner(DefaultLoadPlanner):
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as e:
             named = re.search(r"GLOBAL (\S+)", str(e))  # torch's text goes on to advise weights_only=False
-            raise ValueError(_REFUSED.format(what=fqn, name=named[1]) if named else f"{fqn} is damaged.") from None
+            raise ValueError(REFUSED.format(what=fqn, name=named[1]) if named else f"{fqn} is damaged.") from None
         if fqn.startswith(_UNPICKLED) and isinstance(loaded, bytes):
-            loaded = pickle.dumps(_unpickle(loaded, fqn, {}))  # what was looked through, and no other reading of it
+            loaded = pickle.dumps(unpickle(loaded, fqn, {}))  # what was looked through, and no other reading of it
         set_element(self.original_state_dict, self.mappings[fqn], loaded)
 
 
@@ -162,7 +127,7 @@ def read_metadata(path: str | Path) -> Metadata:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a complete DCP checkpoint, it has no {METADATA_FILE} file.") from None
     file = path / METADATA_FILE
-    metadata = _unpickle(file.read_bytes(), str(file), _OF_DCP)
+    metadata = unpickle(file.read_bytes(), str(file), DCP_METADATA)
     try:
         _check(metadata, path)
     except (AttributeError, TypeError, OverflowError, OSError) as e:
@@ -193,9 +158,8 @@ def _check(metadata: Metadata, folder: Path) -> None:
         if isinstance(entry, BytesStorageMetadata):
             parts = [(MetadataIndex(fqn), 0)]
         elif isinstance(entry, TensorStorageMetadata):
-            if {type(size) for chunk in entry.chunks for size in (chunk.sizes, chunk.offsets, entry.size)} - {
-                torch.Size
-            }:
+            extents = [entry.size, *(size for chunk in entry.chunks for size in (chunk.sizes, chunk.offsets))]
+            if any(type(size) is not torch.Size for size in extents):
                 raise TypeError("a size is none")
             parts = [
                 (MetadataIndex(fqn, chunk.offsets), math.prod(chunk.sizes) * entry.properties.dtype.itemsize)
@@ -212,28 +176,6 @@ def _check(metadata: Metadata, folder: Path) -> None:
                 raise ValueError(f"{folder / METADATA_FILE} is damaged: {fqn} is not in the folder's files.")
 
 
-_TUPLES = (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
-
-
-def _shallow(load: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Tuples deep in tuples end the process when they are hashed."""
-
-    def load_shallow(self: Any) -> None:
-        load(self)
-        if _deeper_than(8, self.stack[-1]):
-            raise TypeError("it holds tuples in tuples in tuples")
-
-    return load_shallow
-
-
-def _deeper_than(limit: int, value: Any) -> bool:
-    return type(value) is tuple and (limit == 0 or any(_deeper_than(limit - 1, item) for item in value))
-
-
-def _names(instance: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(instance)}
-
-
 def _refuse_bytearrays(value: io.BytesIO, fqn: str) -> None:
     """`weights_only` makes a bytearray of whatever size a value asks for."""
     with zipfile.ZipFile(value) as archive:
@@ -244,59 +186,3 @@ def _refuse_bytearrays(value: io.BytesIO, fqn: str) -> None:
             ):
                 raise ValueError(f"{fqn} holds a bytearray, which is not read.")
     value.seek(0)
-
-
-class _Unpickler(_PythonUnpickler):
-    """Python's own, whose steps can be overridden: of a pickle only plain values and the allowed objects are made."""
-
-    def __init__(self, data: bytes, what: str, allowed: dict[tuple[str, str], Any]):
-        super().__init__(io.BytesIO(data))
-        self.what = what
-        self.allowed = dict(allowed)
-        self.users = []
-        for item in torch.serialization.get_safe_globals():
-            obj, name = item if isinstance(item, tuple) else (item, f"{item.__module__}.{item.__qualname__}")
-            module, _, qualname = name.rpartition(".")
-            if not module.startswith("torch."):  # torch has put DeviceMesh and the like there
-                self.allowed[module, qualname] = obj
-                self.users.append(obj)
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.allowed:
-            return self.allowed[module, name]
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise ValueError(_REFUSED.format(what=self.what, name=f"{module}.{name}"))
-
-    def load_build(self) -> None:
-        """Fills a dataclass of DCP's. Anything else, a class above all, could be changed for the whole process."""
-        state, instance = self.stack[-1], self.stack[-2]
-        if (type(instance) is TensorProperties and type(state) is tuple) or type(instance) in self.users:
-            super().load_build()
-        elif type(instance) in _DATACLASSES and type(state) is dict and state.keys() <= _names(instance):
-            instance.__dict__.update(self.stack.pop())
-        else:
-            raise TypeError(f"it changes a {type(instance).__name__}")
-
-    def load_bytearray8(self) -> None:
-        """It would be allocated before it is read, and no value of DCP's is one."""
-        raise TypeError("it holds a bytearray")
-
-    dispatch: ClassVar = {
-        **_PythonUnpickler.dispatch,
-        pickle.BUILD[0]: load_build,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-        **{opcode[0]: _shallow(_PythonUnpickler.dispatch[opcode[0]]) for opcode in _TUPLES},
-    }
-
-
-def _unpickle(data: bytes, what: str, allowed: dict[tuple[str, str], Any]) -> Any:
-    unpickler = _Unpickler(data, what, allowed)
-    try:
-        return unpickler.load()
-    except ValueError as e:
-        if str(e).startswith(f"{what} names "):
-            raise
-        raise ValueError(f"{what} is damaged ({e}).") from None
-    except Exception as e:  # whatever a damaged pickle leads Python to
-        raise ValueError(f"{what} is damaged ({type(e).__name__}: {e}).") from None

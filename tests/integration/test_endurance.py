@@ -4,8 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
+from forked_job import make_base
 from long_run import long_run, slope
-from torture import make_base, torture
+from torture import torture
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from memory import Resident
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -217,11 +218,10 @@ BOMBS = {
 @pytest.mark.parametrize("data", BOMBS.values(), ids=BOMBS)
 def test_small_files_do_not_become_large_ones(data: bytes, folder: Path) -> None:
     (folder / METADATA_FILE).write_bytes(data)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident()
+    memory = Resident()
     with pytest.raises(ValueError, match=r"\.metadata"):
         read_metadata(folder)
-    assert resident() - before < 2**24 + 64 * len(data)  # Python's objects, of two million opcodes
+    assert memory.peak() < 2**24 + 64 * len(data)  # Python's objects, of two million opcodes
 
 
 def test_a_data_loader_is_given_what_was_read_and_not_another_reading_of_it(tmp_path: Path) -> None:
@@ -273,9 +273,3 @@ def test_a_weight_that_is_stored_as_a_value_does_not_fit(tmp_path: Path) -> None
     dcp.save({"w": "hello"}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     with pytest.raises(ValueError, match=r"w is no tensor there and \(2,\) in the model"):
         check_fits({"w": torch.zeros(2)}, read_metadata(tmp_path / "dcp"), "it")
-
-
-def resident() -> int:
-    """The peak, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
