@@ -3,9 +3,9 @@
 Importing this package does not import torchtitan; `lora_converter.titan` does.
 """
 
-from lora_converter.apply import (
+from lora_converter.adapted import adapter_parameters
+from lora_converter.adapters import (
     ParameterCount,
-    adapter_parameters,
     apply_lora,
     count_parameters,
     disable_adapter,

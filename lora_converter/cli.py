@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from lora_converter.hf.peft_directory import PeftAdapter, is_peft_directory, load_peft, save_peft
 from lora_converter.inspect import describe_adapter, describe_model
 from lora_converter.merge import merge_directories
-from lora_converter.peft import PeftAdapter, is_peft_directory, load_peft, save_peft
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -72,9 +72,10 @@ def _read_step(path: str, *, base: str = "") -> PeftAdapter:
     from lora_converter.titan import cpu
 
     cpu.prepare()  # before torchtitan
-    from lora_converter.titan.step_folder import read_step
+    from lora_converter.run.peft_io import read_step_as_peft
+    from lora_converter.titan.models import model_on_meta
 
-    return read_step(path, base=base)
+    return read_step_as_peft(path, model_on_meta, base=base)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ def digest(*paths: Path) -> str:
     return sha.hexdigest()[:12]
 
 
+def short_digest(data: bytes) -> str:
+    """`digest` of a file that has been read."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def check_regular(path: Path) -> None:
     """A link in a downloaded folder may point to a device or a pipe, which would be read for ever.
 

@@ -6,6 +6,7 @@ dim that shards them.
 """
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from lora_converter.apply import adapter_parameters, plain_fqn, reshard
+from lora_converter.adapted import adapter_parameters, plain_fqn, reshard
 
 _ELEMENTS_AT_A_TIME = 2**20
 """Few enough for a CPU's cache, and for their squares, of 30 bits, to add up exactly in the 53 bits of a float64."""
@@ -37,8 +38,12 @@ def fingerprint(sums: Sums) -> str:
 
 
 @torch.no_grad()
-def base_sums(model: nn.Module) -> Sums:
-    """What the fingerprint is made of, for this model or pipeline stage. On sharded models call it on all ranks."""
+def base_sums(model: nn.Module, *, canonical_name: Callable[[str], str] = str) -> Sums:
+    """What the fingerprint is made of, for this model or pipeline stage. On sharded models call it on all ranks.
+
+    Args:
+        canonical_name: A parameter's name in this model -> its name on any host; the same if left out.
+    """
     reshard(model)
     adapters = {id(param) for param in adapter_parameters(model).values()}
     base = {name: param for name, param in model.named_parameters() if id(param) not in adapters}
@@ -46,7 +51,7 @@ def base_sums(model: nn.Module) -> Sums:
         return {}
     sums = torch.stack([_sums(param.to_local() if isinstance(param, DTensor) else param) for param in base.values()])
     _complete(sums, list(base.values()))
-    names = [f"{plain_fqn(name)}{tuple(param.shape)}" for name, param in base.items()]
+    names = [f"{canonical_name(plain_fqn(name))}{tuple(param.shape)}" for name, param in base.items()]
     return {name: (int(total), int(squares)) for name, (total, squares) in zip(names, sums.tolist(), strict=True)}
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lora_converter.hf_folder import weight_shapes
+from lora_converter.hf.folder import weight_shapes
+from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.merge import read_merge_record
-from lora_converter.peft import PeftAdapter
 
 Weights = dict[str, tuple[Path, list[int], str]]
 

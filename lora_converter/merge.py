@@ -18,8 +18,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from lora_converter.files import appears_complete, read_json
-from lora_converter.hf_folder import FLOATS, read_header, weight_shapes, write_header
-from lora_converter.peft import PeftAdapter, load_peft
+from lora_converter.hf.folder import FLOATS, read_header, weight_shapes, write_header
+from lora_converter.hf.peft_directory import PeftAdapter, load_peft
 
 RECORD_FILE = "lora_merge.json"
 """Beside the merged weights, which do not tell what was merged into them."""

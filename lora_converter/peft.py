@@ -1,217 +1,54 @@
-"""The PEFT directory: adapters as Hugging Face PEFT, transformers and vLLM read them. The only place with PEFT's words.
+"""The adapters of a live model as a PEFT directory and back, for models whose module names are Hugging Face's.
 
-    adapter_config.json         r, lora_alpha, target_modules, ... (indent 2, sorted keys)
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    save_peft(from_model(model), "my_adapter")
+    into_model(load_peft("my_adapter"), model)
 
-A directory appears whole or not at all. PEFT's own loader drops keys that it does not know and leaves out those it
-misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do (DoRA,
-modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
+A torchtitan model has names of its own: its trainer writes and reads the directories (`run/peft_io.py`). What such a
+directory holds and what is refused stands in `hf/peft_directory.py` and `hf/peft_config.py`.
 """
 
-import json
-import logging
 import math
-import os
-import re
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from lora_converter.apply import adapted_linears
-from lora_converter.config import scaling
-from lora_converter.files import REPLACED, appears_complete, check_regular, read_json, remove
-from lora_converter.hf_folder import FLOATS, write_tensors
+from lora_converter.adapted import adapted_modules, check_peft_forms
+from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
+from lora_converter.hf.peft_directory import PeftAdapter, is_peft_directory, load_peft, save_peft, update_peft
 from lora_converter.linear import LoRALinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-PEFT_VERSION = "0.21.2"
-"""Of the format that is written."""
-
-_FINGERPRINT = "lora_converter.base_fingerprint"
-
-logger = logging.getLogger(__name__)
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-
-_MUST_BE: dict[str, tuple] = {
-    "alpha_pattern": (None, {}),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-}
-"""Settings of PEFT's that change what an adapter computes or holds, and their values without effect."""
-
-
-_KINDS: dict[str, tuple[str, Any]] = {
-    "base_model_name_or_path": ("a string", str),
-    "fan_in_fan_out": ("true or false", bool),
-    "lora_dropout": ("a number", int | float),
-    "target_modules": ("a string or a list of strings", str | list),
-    "use_rslora": ("true or false", bool),
-}
-"""What else is read of the settings; null, and leaving it out, give its default."""
-
-
-@dataclass(frozen=True)
-class PeftAdapter:
-    """An adapter in Hugging Face's names.
-
-    Attributes:
-        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank).
-        target_modules: As PEFT matches them: whole names, or last parts of names.
-        base_model: Where the base is, for people and loaders; may be empty.
-    """
-
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    rank: int
-    alpha: float
-    dropout: float
-    use_rslora: bool
-    target_modules: list[str]
-    base_model: str = ""
-    fan_in_fan_out: bool = False
-    """The weights of the base are (in_features, out_features): transformers' GPT-2."""
-    base_fingerprint: str = ""
-    """Of the base in the trainer's names (`fingerprint.py`), in the header of the weights; empty if not known."""
-
-    @property
-    def scaling(self) -> float:
-        """Factor of B A."""
-        return scaling(self.rank, self.alpha, self.use_rslora)
-
-    def delta_weight(self, module: str) -> torch.Tensor:
-        """The update of a module's weight, in the weight's own shape, fp32."""
-        left, right = self.delta_factors(module)
-        return self.scaling * (left @ right)
-
-    def delta_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two matrices whose product, scaled, is `delta_weight`, fp32; rows of the first give its rows."""
-        a, b = (factor.float() for factor in self.factors[module])
-        return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
-
-
-def is_peft_directory(path: str | Path) -> bool:
-    """Whether a folder looks like PEFT's, complete or not."""
-    return any((Path(path) / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin"))
-
-
-def save_peft(
-    adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32, replace: bool = False
-) -> None:
-    """Writes a PEFT directory: beside its place first, moved there when it is complete.
-
-    Args:
-        replace: A PEFT directory at `folder` gives way to the new one; without it, and for anything else, it stays.
-
-    Raises:
-        FileExistsError: `folder` is there already and not empty.
-        ValueError: The factors do not fit the adapter's rank.
-    """
-    folder = Path(folder)
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied and not (replace and is_peft_directory(folder)):
-        raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
-    _check_factors(adapter, str(folder))
-    tensors = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype)
-        for module, factors in sorted(adapter.factors.items())
-        for letter, factor in zip("AB", factors, strict=True)
-    }
-    with appears_complete(folder) as draft:
-        fingerprint = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
-        write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **fingerprint})
-        (draft / CONFIG_FILE).write_text(json.dumps(_config(adapter), indent=2, sort_keys=True))
-
-
-def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Replaces the files of a PEFT directory in place, for an engine that loads it while it is being updated.
-
-    Each file is replaced at once, so a reader sees an old one or a new one, never a part; between updates of one run
-    only the weights differ. `save_peft` makes the directory, and exchanges whole ones.
-
-    Raises:
-        ValueError: The factors do not fit the adapter's rank, or `folder` is no PEFT directory.
-    """
-    folder = Path(folder)
-    if not is_peft_directory(folder):
-        raise ValueError(f"{folder} is no PEFT directory yet. Write the first with save_peft.")
-    draft = folder.with_name(f"{folder.name}.update")
-    remove(draft)
-    try:
-        save_peft(adapter, draft, dtype=dtype)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if (draft / name).read_bytes() != (folder / name).read_bytes():
-                os.replace(draft / name, folder / name)
-    finally:
-        remove(draft)
-
-
-def load_peft(folder: str | Path) -> PeftAdapter:
-    """Reads and checks a PEFT directory.
-
-    Raises:
-        ValueError: What is missing, damaged or not supported, with its name.
-    """
-    folder = Path(folder)
-    config = _read_config(folder)
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    tensors, metadata = _read_tensors(folder)
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key!r} is no LoRA factor of a linear; only "
-                "base_model.model.<module>.lora_A.weight and .lora_B.weight are read."
-            )
-        factors.setdefault(match["module"], {})[match["factor"]] = tensor
-    halves = [f"{module} has lora_{'/'.join(pair)} alone" for module, pair in factors.items() if len(pair) < 2]
-    if halves or not factors:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {'; '.join(halves) or 'no adapter in it'}. The file is incomplete.")
-    adapter = PeftAdapter(
-        factors={module: (pair["A"], pair["B"]) for module, pair in sorted(factors.items())},
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        use_rslora=bool(config.get("use_rslora", False)),
-        target_modules=_as_list(config.get("target_modules")),
-        base_model=config.get("base_model_name_or_path") or "",
-        fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
-        base_fingerprint=metadata.get(_FINGERPRINT, ""),
-    )
-    _check_factors(adapter, str(folder))
-    broken = [m for m, pair in adapter.factors.items() if not all(map(_is_finite, pair))]
-    if broken:
-        logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
-    return adapter
+__all__ = [
+    "CONFIG_FILE",
+    "PEFT_VERSION",
+    "WEIGHTS_FILE",
+    "PeftAdapter",
+    "from_model",
+    "into_model",
+    "is_peft_directory",
+    "load_peft",
+    "save_peft",
+    "update_peft",
+]
 
 
 def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     """The adapters of a model whose module names are Hugging Face's, such as one of transformers', for `save_peft`.
 
-    A torchtitan model has names of its own: see `titan/peft_bridge.py`. A collective on sharded models.
+    A collective on sharded models.
 
     Raises:
-        ValueError: The model has no adapters, or some on `nn.Linear` and some on `Conv1D`.
+        ValueError: The model has no adapters, some that PEFT cannot express, or some on `nn.Linear` and some on
+            `Conv1D`.
     """
+    adapted = list(adapted_modules(model))
+    check_peft_forms(adapted)
     state, configs = adapter_state_dict(model), adapter_configs(model)
-    transposed = {linear.lora_transposed for linear in adapted_linears(model)}
+    transposed = {linear.lora_transposed for linear in adapted if isinstance(linear, LoRALinear)}
     if len(transposed) > 1:
         raise ValueError("The model has adapters on nn.Linear and on Conv1D; PEFT's fan_in_fan_out is one for all.")
     config = next(iter(configs.values()))
     return PeftAdapter(
-        factors={fqn: (state[f"{fqn}.lora_a.weight"], state[f"{fqn}.lora_b.weight"]) for fqn in sorted(configs)},
+        factors={fqn: (state[a], state[b]) for fqn, (a, b) in sorted(_peft_names(model).items())},
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
@@ -234,95 +71,16 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
                 f"The adapter's scaling is {adapter.scaling:g}, that of {fqn} {config.scaling:g}: give apply_lora "
                 f"rank = {adapter.rank}, alpha = {adapter.alpha:g}, use_rslora = {adapter.use_rslora}."
             )
-    names = LoRALinear.adapter_parameter_names
-    state = {f"{fqn}.{n}": f for fqn, pair in adapter.factors.items() for n, f in zip(names, pair, strict=True)}
+    a, b = LoRALinear.adapter_parameter_names
+    names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
+    state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
     load_adapter_state_dict(model, state)
 
 
-def _config(adapter: PeftAdapter) -> dict[str, Any]:
-    """Every field that a reader may look at; PEFT fills in its defaults for the rest."""
+def _peft_names(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """PEFT's module -> the adapter parameters that are its lora_A and lora_B."""
     return {
-        "base_model_name_or_path": adapter.base_model or None,
-        "bias": "none",
-        "fan_in_fan_out": adapter.fan_in_fan_out,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha,
-        "lora_dropout": adapter.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
-        "r": adapter.rank,
-        "target_modules": sorted(adapter.target_modules),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": adapter.use_rslora,
+        weight.removesuffix(".weight"): names
+        for module in adapted_modules(model)
+        for weight, names in module.peft_names().items()
     }
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        killed = folder.with_name(folder.name + REPLACED)
-        hint = f" {killed} is what a writer that was killed left of the last one: rename it back." * killed.is_dir()
-        raise ValueError(
-            f"{folder} is not a folder. Name the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}.{hint}"
-        )
-    path = folder / CONFIG_FILE
-    try:
-        config = read_json(path)
-    except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG_FILE}, so it is no PEFT directory.") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type = {config.get('peft_type')!r}; only 'LORA' is supported.")
-    for name, harmless in _MUST_BE.items():
-        if name in config and config[name] not in harmless:
-            raise ValueError(f"{path}: {name} = {config[name]!r} is not supported; it must be {harmless[0]!r}.")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"{path}: r = {rank!r}; it must be an integer of at least 1.")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= sys.float_info.max:
-        raise ValueError(f"{path}: lora_alpha = {alpha!r}; it must be a finite number above 0.")
-    for name, (allowed, kinds) in _KINDS.items():
-        if not isinstance(config.get(name), kinds | None):
-            raise ValueError(f"{path}: {name} = {config[name]!r}; it must be {allowed}.")
-    if not 0 <= (config.get("lora_dropout") or 0) < 1:
-        raise ValueError(f"{path}: lora_dropout = {config['lora_dropout']!r}; it must be at least 0 and below 1.")
-    if not all(isinstance(name, str) for name in _as_list(config.get("target_modules"))):
-        raise ValueError(f"{path}: target_modules = {config['target_modules']!r}; they must be names.")
-    return config
-
-
-def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of the weights file, and what its header says beside them."""
-    path = folder / WEIGHTS_FILE
-    if not path.exists():
-        pickled = (
-            " adapter_model.bin is there, but pickled weights are not read: a pickle can run code."
-            * (folder / "adapter_model.bin").exists()
-        )
-        raise ValueError(f"{folder} has no {WEIGHTS_FILE}.{pickled}")
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return load_file(path), metadata
-    except (SafetensorError, OSError, ValueError) as e:
-        raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
-
-
-def _check_factors(adapter: PeftAdapter, what: str) -> None:
-    for module, (a, b) in adapter.factors.items():
-        shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
-        if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == adapter.rank):
-            raise ValueError(f"{what}: {shapes}; with r = {adapter.rank} they must be (r, in) and (out, r).")
-        if not {a.dtype, b.dtype} <= FLOATS.keys():
-            raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")
-
-
-def _is_finite(factor: torch.Tensor) -> bool:
-    """Without a mask of the factor's size."""
-    return not factor.numel() or all(bool(extreme.isfinite()) for extreme in factor.aminmax())
-
-
-def _as_list(target_modules: Any) -> list[str]:
-    return [target_modules] if isinstance(target_modules, str) else list(target_modules or [])

@@ -9,18 +9,19 @@ from typing import TypeVar
 
 import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
-from lora_converter.apply import adapted_linears, adapter_parameters, adapters_at_rest
+from lora_converter.adapted import adapted_modules, adapter_parameters, adapters_at_rest, copy_full_, full_tensor
 from lora_converter.config import LoRAConfig
-from lora_converter.linear import copy_full_
+from lora_converter.fit import Misfit
 
 T = TypeVar("T")
 
+_WORDS = {"missing": "names are missing", "unknown": "names are no adapter of it", "misshapen": "have another shape"}
+
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
-    """FQN of each adapted linear -> its adapter's settings: `.rank`, `.alpha`, `.dropout`, `.scaling`."""
-    return {linear.lora_fqn: linear.lora_config for linear in adapted_linears(model)}
+    """FQN of each adapted module -> its adapter's settings: `.rank`, `.alpha`, `.dropout`, `.scaling`."""
+    return {module.lora_fqn: module.lora_config for module in adapted_modules(model)}
 
 
 def split_state_dict(state_dict: Mapping[str, T], model: nn.Module) -> tuple[dict[str, T], dict[str, T]]:
@@ -44,14 +45,9 @@ def adapter_state_dict(model: nn.Module, *, full: bool = True) -> dict[str, torc
     Raises:
         ValueError: The model has no adapters.
     """
-    found = {}
-    for linear in adapters_at_rest(model):
-        for name in linear.adapter_parameter_names:
-            value = linear.get_parameter(name).detach()
-            if full:
-                value = value.full_tensor() if isinstance(value, DTensor) else value.clone()
-            found[f"{linear.lora_fqn}.{name}"] = value
-    return found
+    adapters_at_rest(model)
+    values = {name: param.detach() for name, param in adapter_parameters(model).items()}
+    return {name: full_tensor(value).clone() for name, value in values.items()} if full else values
 
 
 @torch.no_grad()
@@ -70,18 +66,13 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Ten
     if strict or adapter_parameters(model):
         adapters_at_rest(model)
     params = adapter_parameters(model)
-    missing = sorted(params.keys() - state_dict.keys())
-    unknown = sorted(state_dict.keys() - params.keys()) if strict else []
-    misshapen = [
-        f"{name} is {tuple(state_dict[name].shape)} there and {tuple(param.shape)} in the model"
-        for name, param in params.items()
-        if name in state_dict and state_dict[name].shape != param.shape
-    ]
-    problems = [f"{len(missing)} names are missing: {', '.join(missing)}."] if missing else []
-    problems += [f"{len(unknown)} names are no adapter of it: {', '.join(unknown)}."] if unknown else []
-    problems += [f"{len(misshapen)} have another shape: {', '.join(misshapen)}."] if misshapen else []
-    if problems:
-        raise ValueError(f"The state dict does not fit the model's adapters. {' '.join(problems)}")
+    misfit = Misfit(
+        missing=sorted(params.keys() - state_dict.keys()),
+        unknown=sorted(state_dict.keys() - params.keys()) if strict else [],
+    )
     for name, param in params.items():
-        value = state_dict[name]
-        copy_full_(param, value.full_tensor() if isinstance(value, DTensor) else value)
+        if name in state_dict:
+            misfit.compare(name, state_dict[name].shape, param.shape)
+    misfit.raise_if_any("The state dict does not fit the model's adapters.", words=_WORDS)
+    for name, param in params.items():
+        copy_full_(param, full_tensor(state_dict[name]))

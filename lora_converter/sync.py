@@ -21,9 +21,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lora_converter.apply import plain_fqn, reshard
+from lora_converter.adapted import plain_fqn, reshard, shard_like
 from lora_converter.config import scaling
 from lora_converter.files import write_whole
 from lora_converter.fingerprint import base_fingerprint
@@ -155,6 +154,9 @@ class IncrementReceiver(_Receiver):
         linears = {plain_fqn(fqn): module for fqn, module in self.model.named_modules() if is_linear(module)}
         updates = {}
         for fqn, factor in package.scalings.items():
+            names = sorted(name.removeprefix(f"{fqn}.") for name in package.tensors if name.startswith(f"{fqn}."))
+            if names != ["lora_a.weight", "lora_b.weight"]:
+                raise ValueError(f"{fqn} is adapted by {', '.join(names)}, which is no increment of a weight.")
             a, b = package.tensors[f"{fqn}.lora_a.weight"], package.tensors[f"{fqn}.lora_b.weight"]
             there = tuple(linears[fqn].weight.shape) if fqn in linears else "no linear of that name"
             if there != (b.shape[0], a.shape[1]):
@@ -166,9 +168,7 @@ class IncrementReceiver(_Receiver):
             weight = linears[fqn].weight
             original = self._originals.setdefault(fqn, weight.detach().clone())
             delta = factor * (b.to(weight.device).float() @ a.to(weight.device).float())
-            if isinstance(weight, DTensor):
-                delta = distribute_tensor(delta, weight.device_mesh, weight.placements, src_data_rank=None)
-            weight.copy_(original.float() + delta)
+            weight.copy_(original.float() + shard_like(delta, weight))
 
 
 def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, group_src: int = 0) -> bytes:

@@ -129,8 +129,8 @@ def checks(options: argparse.Namespace) -> Results:
     from bench_trainer import make_trainer, parameters, trainer_step
     from torch.distributed.checkpoint import save
 
+    from lora_converter.dcp.reader import load, read_metadata
     from lora_converter.fingerprint import base_fingerprint
-    from lora_converter.titan.safe_dcp import load, read_metadata
 
     with tempfile.TemporaryDirectory() as folder:
         enabled = ["--checkpoint.enable", f"--job.dump_folder={folder}", *options.options]
@@ -142,7 +142,7 @@ def checks(options: argparse.Namespace) -> Results:
             "read": lambda: load(base, f"{folder}/base", read_metadata(f"{folder}/base")),
             "fingerprint": lambda: base_fingerprint(model),
             "step": trainer_step(trainer),
-            "look": lambda: checkpointer._faults.after_step(2, saves=True),
+            "look": lambda: checkpointer.run.faults.after_step(2, saves=True),
         }
         times = paired(steps, options.rounds, options.device)
     ratios = {

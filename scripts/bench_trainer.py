@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lora_converter.titan import cpu
+from lora_converter.titan import install
 
-cpu.prepare()  # before torchtitan
+install()  # before torchtitan
 
 import torch
 import torch.distributed as dist

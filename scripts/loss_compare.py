@@ -28,7 +28,7 @@ from pathlib import Path
 import matplotlib
 from losses import read_losses
 
-from lora_converter.titan import cpu
+from lora_converter.titan import install
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,7 +55,7 @@ def main() -> int:
     args = parse_arguments()
     folder = Path(args.output_folder)
     folder.mkdir(parents=True, exist_ok=True)
-    cpu.prepare()
+    install()
     runs = make_runs(args)
     common = shlex.split(args.options)
     start = [] if args.no_seed_checkpoint or has_base(runs[0]) else make_seed_checkpoint(args.config, common, folder)

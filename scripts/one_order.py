@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lora_converter.titan import cpu
+from lora_converter.titan import install
 
-cpu.prepare()  # before torchtitan
+install()  # before torchtitan
 
 from torchtitan.train import Trainer, main
 

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
 install_into_venv '[dev]'
-python -m pytest -q tests/distributed/test_parity.py
+LORA_PARITY=all python -m pytest -q tests/distributed/test_parity.py
 cat outputs/parity.md

@@ -10,7 +10,7 @@ DATASETS = tempfile.TemporaryDirectory(prefix="lora-converter-datasets-")
 os.environ.setdefault("HF_DATASETS_CACHE", DATASETS.name)
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE / "distributed"), str(HERE.parent / "scripts")]
+sys.path[:0] = [str(HERE), str(HERE / "distributed"), str(HERE / "tools"), str(HERE.parent / "scripts")]
 
 import pytest  # noqa: E402
 

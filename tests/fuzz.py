@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 from lora_converter import LoRAConfig, adapter_state_dict, apply_lora
 from lora_converter.merge import RECORD_FILE, merge_directories, read_merge_record
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, load_peft, save_peft
+from lora_converter.run.description import Description
+from lora_converter.run.peft_io import read_step_as_peft
 from lora_converter.sync import AdapterReceiver, pack
-from lora_converter.titan.step_folder import Description, read_step
+from lora_converter.titan.models import model_on_meta
 
 WIDE = 2**17
 """Features, so that a file of factors takes 2 MiB and what is done beside reading it is small."""
@@ -73,7 +75,8 @@ def step_folder(folder: Path) -> tuple[list[Path], Read]:
     }
     dcp.save({**tensors, "optimizer.moments": torch.randn(2**19)}, checkpoint_id=folder, no_dist=True)
     Description("llama3", "tiny", "", {"rank": 4, "alpha": 8.0}).write(folder)
-    return [folder / name for name in (".metadata", "__0_0.distcp", "lora.json")], lambda: read_step(folder)
+    files = [folder / name for name in (".metadata", "__0_0.distcp", "lora.json")]
+    return files, lambda: read_step_as_peft(folder, model_on_meta)
 
 
 def a_model() -> nn.Module:

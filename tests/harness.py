@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from lora_converter.titan import cpu
+from lora_converter.titan import install
 
-cpu.prepare()  # before torchtitan
+install()  # before torchtitan
 
 import torch
 import torch.distributed as dist
@@ -108,7 +108,7 @@ def full_state(run: Run) -> dict[str, torch.Tensor]:
     """Every entry of this rank's model parts as full tensors, copied."""
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-        for name, value in {**run.trainer.checkpointer.base.state_dict(), **adapter_state(run)}.items()
+        for name, value in {**run.trainer.checkpointer.run.model.base.state_dict(), **adapter_state(run)}.items()
     }
 
 
@@ -116,5 +116,5 @@ def adapter_state(run: Run) -> dict[str, torch.Tensor]:
     """This rank's adapters as full tensors, copied."""
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
-        for name, value in run.trainer.checkpointer.adapters.state_dict().items()
+        for name, value in run.trainer.checkpointer.run.model.adapters.state_dict().items()
     }

@@ -1,23 +1,35 @@
-"""The torchtitan side: the only folder that imports torchtitan.
+"""The torchtitan 0.2.2 side: the only folder that imports torchtitan.
 
-`job.custom_config_module = "lora_converter.titan"` makes torchtitan look up `JobConfig` here, which also registers
-the `"lora"` converter. The look-up is lazy, so that `cpu.prepare` can run before torchtitan is first imported.
+`job.custom_config_module = "lora_converter.titan"` makes torchtitan look up `JobConfig` here. That is the one early
+moment of ours under torchtitan's own entry, so it registers the `"lora"` converter and installs the changes to the host
+(`installed.py`). Reading any other name installs nothing. All are looked up lazily, so that CPU ranks can be chosen
+before torchtitan is first imported.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_converter.titan.converter import LoRAConverter
+    from lora_converter.titan.installed import install
     from lora_converter.titan.job_config import JobConfig
 
-__all__ = ["JobConfig", "LoRAConverter"]
+__all__ = ["JobConfig", "LoRAConverter", "install"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lora_converter.titan.converter import LoRAConverter
-    from lora_converter.titan.job_config import JobConfig, compare_jobs_over_ranks
+    if name == "JobConfig":
+        from lora_converter.titan import converter as converter  # registers "lora"
+        from lora_converter.titan.installed import install
+        from lora_converter.titan.job_config import JobConfig
 
-    compare_jobs_over_ranks()
-    return {"JobConfig": JobConfig, "LoRAConverter": LoRAConverter}[name]
+        install()
+        return JobConfig
+    if name == "LoRAConverter":
+        from lora_converter.titan.converter import LoRAConverter
+
+        return LoRAConverter
+    if name == "install":
+        from lora_converter.titan.installed import install
+
+        return install
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """What torchtitan 0.2.2 needs to run on CPU ranks (gloo), for CI and for laptops.
 
-Released torchtitan assumes an accelerator. `prepare` makes the least of it that lets the same TOML files train on a
-machine that has none: FSDP2, HSDP, DDP, TP, PP, CP, compile and the debug MoE models. Where there is an accelerator
-it does nothing. Each function below is one workaround; remove it when the reason it names is gone.
+Released torchtitan assumes an accelerator. `prepare` chooses CPU ranks where there is none, before torchtitan is
+imported; the other functions make the values of rows of `host_changes.py`, which say why, so that the same TOML files
+train: FSDP2, HSDP, DDP, TP, PP, CP, compile and the debug MoE models.
 
 Not possible here: models that need FlexAttention's backward (gpt_oss), which has no CPU kernel.
 """
@@ -21,7 +21,7 @@ import torch._utils
 
 
 def prepare() -> bool:
-    """Prepares torchtitan for CPU ranks if the machine has no accelerator; call before importing torchtitan.
+    """Chooses CPU ranks if the machine has no accelerator; call before importing torchtitan.
 
     Returns:
         Whether CPU ranks will be used.
@@ -32,14 +32,12 @@ def prepare() -> bool:
     if torch.accelerator.is_available():
         return False
     _choose_cpu_device()
-    _set_unknown_peak_flops()
-    _reduce_with_plain_sums()
-    _offload_without_pinning()
-    _shard_attention_over_heads()
-    _register_ring_attention()
-    _count_integers_with_histc()
-    _permute_tokens_without_triton()
     return True
+
+
+def is_chosen() -> bool:
+    """Whether torchtitan, which is imported by then, runs on CPU ranks."""
+    return bool(importlib.import_module("torchtitan.tools.utils").device_type == "cpu")
 
 
 def _choose_cpu_device() -> None:
@@ -55,7 +53,7 @@ def _choose_cpu_device() -> None:
         return
     original = torch._utils._get_available_device_type, torch._utils._get_device_module
     torch._utils._get_available_device_type = lambda: "cpu"
-    torch._utils._get_device_module = lambda _: _cpu_device_module()  # type: ignore[assignment]
+    vars(torch._utils)["_get_device_module"] = lambda _: _cpu_device_module()
     try:
         importlib.import_module("torchtitan.tools.utils")
     finally:
@@ -115,36 +113,45 @@ def _reset_peak_memory(device: Any = None) -> None:
         pass
 
 
-def _set_unknown_peak_flops() -> None:
-    """A CPU's peak is not in torchtitan's table, which would fall back to an A100's; nan shows as an unknown MFU."""
-    utils: Any = importlib.import_module("torchtitan.tools.utils")
-    utils.get_peak_flops = lambda device_name: float("nan")
+def unknown_peak_flops(get_peak_flops: Callable[[str], float]) -> Callable[[str], float]:
+    """nan, which shows as an unknown MFU."""
+    return lambda device_name: float("nan")
 
 
-def _reduce_with_plain_sums() -> None:
-    """gloo has no PREMUL_SUM, the reduction that FSDP2 takes once a gradient divide factor is set."""
-    from torch.distributed.fsdp import FSDPModule
-
-    set_factor = FSDPModule.set_gradient_divide_factor
+def reduce_with_plain_sums(set_factor: Callable[..., None]) -> Callable[..., None]:
+    """`FSDPModule.set_gradient_divide_factor`, followed by a plain sum in its place."""
 
     @functools.wraps(set_factor)
-    def set_factor_and_plain_sum(self: FSDPModule, factor: float) -> None:
+    def set_factor_and_plain_sum(self: Any, factor: float) -> None:
         set_factor(self, factor)
         self.set_force_sum_reduction_for_comms(True)
 
-    FSDPModule.set_gradient_divide_factor = set_factor_and_plain_sum  # type: ignore[method-assign]
+    return set_factor_and_plain_sum
 
 
-def _offload_without_pinning() -> None:
-    """`training.enable_cpu_offload` pins what it offloads for the copy to an accelerator, which takes one."""
-    from torch.distributed.fsdp import CPUOffloadPolicy
+def offload_without_pinning(init: Callable[..., None]) -> Callable[..., None]:
+    """`CPUOffloadPolicy` whose default is not to pin."""
 
-    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory
+    @functools.wraps(init)
+    def init_unpinned(self: Any, pin_memory: bool = False) -> None:
+        init(self, pin_memory)
+
+    return init_unpinned
 
 
-def _shard_attention_over_heads() -> None:
-    """DTensor can shard the CUDA attention kernels over batch or heads, but not the CPU one (qwen3 under TP)."""
-    from torch.distributed.tensor import Replicate, Shard
+def shard_attention_over_heads(strategies: dict) -> dict:
+    """DTensor's rules, with one for the CPU attention kernel."""
+    return _with_attention()[0]
+
+
+def attention_schemas(schemas: dict) -> dict:
+    """The table beside them."""
+    return _with_attention()[1]
+
+
+def _with_attention() -> list[dict]:
+    """Copies of DTensor's tables with what `register_sharding` puts there; the tables stay as they were."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
     def like_the_query(outputs: int, tensors: int) -> Callable[..., Any]:
@@ -154,19 +161,32 @@ def _shard_attention_over_heads() -> None:
 
         return shardings
 
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    tables: list[dict] = [propagator.op_strategy_funcs, propagator.op_to_schema_info]
+    before = [dict(table) for table in tables]
+    forward_op, backward_op = _attention_ops()
+    register_sharding(forward_op)(like_the_query(2, 3))
+    register_sharding(backward_op)(like_the_query(3, 6))
+    after = [dict(table) for table in tables]
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+    return after
+
+
+def _attention_ops() -> tuple[Any, Any]:
+    """The CPU attention kernel and its backward."""
     aten = torch.ops.aten
-    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu.default)(like_the_query(2, 3))
-    register_sharding(aten._scaled_dot_product_flash_attention_for_cpu_backward.default)(like_the_query(3, 6))
+    return (
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    )
 
 
-def _register_ring_attention() -> None:
-    """Context parallelism has ring versions of the CUDA attention kernels only; the ring itself fits the CPU kernel."""
+def ring_attention(custom_ops: dict) -> dict:
+    """Handlers of context parallelism: the ring itself fits the CPU kernel."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.experimental._context_parallel import _attention as cp
-
-    aten = torch.ops.aten
-    forward_op = aten._scaled_dot_product_flash_attention_for_cpu.default
-    backward_op = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
     def as_dtensors(results: tuple[torch.Tensor, ...], like: DTensor) -> tuple[DTensor, ...]:
         return tuple(DTensor.from_local(r, like.device_mesh, like.placements, run_check=False) for r in results)
@@ -199,23 +219,22 @@ def _register_ring_attention() -> None:
         )
         return as_dtensors(results, query)
 
-    cp.custom_ops.update({forward_op: forward, backward_op: backward})  # type: ignore[dict-item]
+    forward_op, backward_op = _attention_ops()
+    return {**custom_ops, forward_op: forward, backward_op: backward}
 
 
-def _count_integers_with_histc() -> None:
-    """MoE routing counts expert indices with torch.histc, which has no integer CPU kernel; counts are exact in fp32."""
-    histc: Callable[..., torch.Tensor] = torch.histc
+def histc_of_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.histc`, of integers in fp32, in which counts are exact."""
 
     @functools.wraps(histc)
-    def histc_of_integers(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def histc_in_floats(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if input.is_floating_point() or input.device.type != "cpu":
             return histc(input, *args, **kwargs)
         return histc(input.float(), *args, **kwargs).to(input.dtype)
 
-    torch.histc = histc_of_integers
+    return histc_in_floats
 
 
-def _permute_tokens_without_triton() -> None:
-    """The token permutation of grouped matrix products is a Triton kernel with a CPU twin behind a flag."""
-    moe: Any = importlib.import_module("torchtitan.models.moe.utils")
-    moe.generate_permute_indices = functools.partial(moe.generate_permute_indices, use_cpu=True)
+def permute_without_triton(generate_permute_indices: Callable[..., Any]) -> Callable[..., Any]:
+    """The permutation's CPU twin."""
+    return functools.partial(generate_permute_indices, use_cpu=True)

@@ -19,7 +19,7 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import GemmInputRole
 
-from lora_converter.linear import subclass_with
+from lora_converter.adapted import swap_class
 
 
 class FrozenFloat8Linear(nn.Linear):
@@ -32,8 +32,9 @@ class FrozenFloat8Linear(nn.Linear):
 
     _cast: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., in_features) -> (..., out_features)."""
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., in_features) -> (..., out_features)."""
+        x = input
         if self.weight.requires_grad or torch.compiler.is_compiling():
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type):
@@ -114,4 +115,4 @@ def freeze_float8_linears(model: nn.Module) -> None:
     """Swaps the class of every `Float8Linear` of `model`, in place. Before adapters are put on them."""
     for module in model.modules():
         if isinstance(module, Float8Linear):
-            module.__class__ = subclass_with(FrozenFloat8Linear, type(module))  # type: ignore[arg-type]
+            swap_class(module, FrozenFloat8Linear)

@@ -5,7 +5,7 @@ has no gradient of its own, so it costs 4. torchtitan counts 6 for all.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch.nn as nn
 from torchtitan.tools.logging import logger
@@ -33,7 +33,7 @@ def flops_not_spent(model: nn.Module, seq_len: int) -> int:
     Routed experts count as far as they are active, and embeddings not at all: its formula is asked with and without the
     frozen parameters, and the difference is what they count for.
     """
-    count: Any = model.model_args.get_nparams_and_flops  # type: ignore[union-attr]
+    count: Any = cast(Any, model).model_args.get_nparams_and_flops
     was_disabled, logger.disabled = logger.disabled, True  # the formulas of MoE models log what they count
     try:
         return int(count(model, seq_len)[1] - count(_Trained(model), seq_len)[1]) // 3

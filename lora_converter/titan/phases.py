@@ -9,18 +9,32 @@ and the model at the start of phase 2 is the model at the end of phase 1, since 
 """
 
 import copy
+import functools
 import gc
 import os
+import sys
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
-from lora_converter.apply import apply_lora
-from lora_converter.titan.job_config import FULL_PHASE_FOLDER, check_settings, full_phase_result
-from lora_converter.titan.metrics import log_phase
+from lora_converter.adapters import apply_lora
+from lora_converter.titan.checks import check_settings
+from lora_converter.titan.host import log_phase
+from lora_converter.titan.job import FULL_PHASE_FOLDER, full_phase_result
+from lora_converter.titan.models import built_on_meta
+
+
+def read_the_command_line_late(parse_args: Callable[..., Any]) -> Callable[..., Any]:
+    """`ConfigManager.parse_args`, whose default is the command line as it is when it is called."""
+
+    @functools.wraps(parse_args)
+    def parse(self: Any, args: list[str] | None = None) -> Any:
+        return parse_args(self, sys.argv[1:] if args is None else args)
+
+    return parse
 
 
 def run_full_phase(job_config: Any) -> list[str]:
@@ -55,11 +69,7 @@ def run_full_phase(job_config: Any) -> list[str]:
 def _check_targets(job_config: Any) -> None:
     """Selects the linears of phase 2 on a model without weights: a wrong name is told before phase 1, not after it."""
     spec = get_train_spec(job_config.model.name)
-    args = spec.model_args[job_config.model.flavor]
-    args.update_from_config(job_config)
-    with torch.device("meta"):
-        model = spec.model_cls(args)
-    apply_lora(model, job_config.lora)
+    apply_lora(built_on_meta(spec, spec.model_args[job_config.model.flavor], job_config), job_config.lora)
 
 
 def full_phase_config(job_config: Any) -> Any:

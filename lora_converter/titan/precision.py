@@ -10,6 +10,8 @@ once gives what rounding at every use gave. Which weights are rounded, and wheth
     TP, PP alone        no mixed precision
 """
 
+from typing import Any, cast
+
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
@@ -17,7 +19,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 
-def store_frozen_in_compute_dtype(model: nn.Module, job_config, parallel_dims: ParallelDims) -> None:
+def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_dims: ParallelDims) -> None:
     """Casts the frozen parameters of a converted model, in place, on the meta device.
 
     Tensor subclasses, such as float8 weights that FSDP2 gathers in float8, are left to those who made them.
@@ -38,4 +40,4 @@ def keep_cast_weights(model: nn.Module) -> None:
     sharded = any(isinstance(module, FSDPModule) for module in model.modules())
     for module in model.modules():
         if hasattr(module, "keeps_cast_weight"):
-            module.keeps_cast_weight = not sharded  # type: ignore[assignment]
+            cast(Any, module).keeps_cast_weight = not sharded

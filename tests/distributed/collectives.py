@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, unmerge_adapter
-from lora_converter.apply import adapted_linears
-from lora_converter.gradients import mark_partial_gradients, sum_partial_gradients
+from lora_converter.adapted import adapted_modules
+from lora_converter.tensor_parallel import mark_partial_gradients, sum_partial_gradients
 
 
 class Collectives(TorchDispatchMode):
@@ -174,7 +174,7 @@ def merging_keeps_the_output_and_unmerging_gives_the_base_back(folder: Path) -> 
             before, expected = full_state(run), logits()
             merge_adapter(model)
             changed = {n for n, value in full_state(run).items() if not torch.equal(value, before[n])}
-            assert changed == {f"{linear.lora_fqn}.weight" for linear in adapted_linears(model)}
+            assert changed == {f"{linear.lora_fqn}.weight" for linear in adapted_modules(model)}
             # fp32: one product with the sum instead of the sum of two products.
             torch.testing.assert_close(logits(), expected, rtol=1e-5, atol=1e-4)
             unmerge_adapter(model)

@@ -21,8 +21,7 @@ from torchtitan.models.llama4 import llama4_args
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
-from lora_converter.apply import adapter_parameters
-from lora_converter.linear import copy_full_, stable_hash
+from lora_converter.adapted import adapter_parameters, copy_full_, stable_hash
 from lora_converter.titan import optimizer
 
 STEPS, ROWS, TOKENS = 10, 8, 64
@@ -96,7 +95,7 @@ TABLE = {
     "MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3"),
     "MoE, EP2 x TP2": row(4, FSDP2, EP2, TP2, ["--parallelism.expert_tensor_parallel_degree=2"], model="deepseek_v3"),
 }
-"""The rows of the README's table."""
+"""The rows of the table in docs/parallelism.md."""
 
 DROPOUT = ("--lora.dropout=0.2",)
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
@@ -127,6 +126,12 @@ COMPILED = {
     "compile and full AC, FSDP2": row(2, FSDP2, COMPILE, FULL_AC),
     "compile, TP2": row(2, TP2, COMPILE),
 }
+
+SIX = ("FSDP2", "TP2", "PP2 1F1B", "CP2", "MoE, EP2", "PP2 x TP2 x FSDP2")
+"""Of the table, with one rank the layouts on which every feature runs in CI."""
+
+QUICK = (*SIX, "DDP2", "HSDP 2x2")
+"""The quick tier's: every kind of parallelism once."""
 
 ALL_ROWS = {**TABLE, **VARIANTS, **COMPILED}
 

@@ -54,7 +54,7 @@ def export(layout: str, bases: Path) -> None:
     trained = f"--lora.initial_adapter_path={bases}/saved/1 rank/checkpoint/step-{HALF}"
     run = build(folder / "run", *base_options("llama3", bases), *EXPORTED_FROM[layout].layout, trained)
     run.trainer.checkpointer.load()
-    run.trainer.checkpointer._export_peft(str(folder / "peft"))
+    run.trainer.checkpointer.run.write_peft(str(folder / "peft"))
     dist.barrier()  # only rank 0 writes, and nobody waits for it
     expected = whole_adapter(run)
     run.trainer.close()

@@ -5,6 +5,8 @@ import pytest
 from launch import launch
 from reshard import EXPORTED_FROM, RESUMED_ON, SAVED_ON, checks, save
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def verdicts(bases: Path) -> dict[str, Any]:

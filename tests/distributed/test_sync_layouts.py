@@ -4,6 +4,8 @@ import pytest
 from launch import launch
 from sync_layouts import CHECKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("claim", CHECKS)
 def test_four_ranks(claim: str, tmp_path: Path) -> None:

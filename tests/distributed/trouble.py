@@ -18,7 +18,7 @@ from launch import main
 from parity import DDP2, FSDP2, PP2, TP2, base_options
 from safetensors.torch import load_file, save_file
 
-from lora_converter.apply import adapted_linears, adapter_parameters
+from lora_converter.adapted import adapted_modules, adapter_parameters
 from lora_converter.peft import PeftAdapter, save_peft
 
 LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
@@ -81,7 +81,8 @@ def files(folder: Path) -> None:
 
         run = build(dump, *options)
         run.trainer.checkpointer.load()
-        state = {name: value.full_tensor() for name, value in run.trainer.checkpointer.base.state_dict().items()}
+        base = run.trainer.checkpointer.run.model.base.state_dict()
+        state = {name: value.full_tensor() for name, value in base.items()}
         run.trainer.close()
         dcp.save(state, checkpoint_id=own / "base", no_dist=True)
         here = ["--checkpoint.no-initial_load_in_hf", "--checkpoint.initial_load_path=base"]
@@ -147,7 +148,7 @@ def faults(folder: Path, layout: list[str]) -> None:
     quiet = "layers.3.attention.wq"
     steps = ["--training.steps=5", "--checkpoint.interval=3", "--optimizer.lr=0"]
     run = build(folder, *base_options("llama3", folder.parents[1]), *layout, *steps)
-    linears = {linear.lora_fqn: linear for part in run.trainer.model_parts for linear in adapted_linears(part)}
+    linears = {linear.lora_fqn: linear for part in run.trainer.model_parts for linear in adapted_modules(part)}
     if quiet in linears:
         linears[quiet].lora_enabled = False
     train_step, messages, gathers = run.trainer.train_step, Messages(), []
@@ -189,8 +190,8 @@ def faults(folder: Path, layout: list[str]) -> None:
 def shards(folder: Path) -> None:
     """An adapter is zero if all of it is: a rank may hold rows that are."""
     run = build(folder, *base_options("llama3", folder.parents[1]), *FSDP2)
-    watch = run.trainer.checkpointer._faults
-    linears = {linear.lora_fqn: linear for linear in adapted_linears(run.trainer.model_parts[0])}
+    watch = run.trainer.checkpointer.run.faults
+    linears = {linear.lora_fqn: linear for linear in adapted_modules(run.trainer.model_parts[0])}
     half, whole = "layers.0.attention.wq", "layers.2.attention.wk"
     with torch.no_grad():
         for fqn, linear in linears.items():

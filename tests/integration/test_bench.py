@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def bench(*options: str, folder: Path, path: str = "") -> dict[str, Any]:

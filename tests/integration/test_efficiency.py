@@ -17,7 +17,7 @@ from torchao.float8.float8_linear import Float8Linear
 from torchao.float8.float8_training_tensor import Float8TrainingTensor
 
 from lora_converter import LoRAConfig, apply_lora, merge_adapter, unmerge_adapter
-from lora_converter.linear import LoRAFactor
+from lora_converter.tensor_parallel import LoRAFactor
 from lora_converter.titan.float8 import FrozenFloat8Linear, freeze_float8_linears
 
 RECIPES = ["tensorwise", "rowwise", "rowwise_with_gw_hp"]

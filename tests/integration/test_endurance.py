@@ -8,6 +8,8 @@ from forked_job import make_base
 from long_run import long_run, slope
 from torture import torture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

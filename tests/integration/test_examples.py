@@ -3,8 +3,13 @@
 import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import pytest
 from harness import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_rollout_actor_follows_the_trainers_through_ray() -> None:
@@ -16,3 +21,18 @@ def test_a_rollout_actor_follows_the_trainers_through_ray() -> None:
     shipped, whole = (int(text.replace(",", "")) for text in updates[0][1:])
     assert shipped < whole / 20
     assert "view" not in result.stderr  # FSDP2's warning of results that are views
+
+
+def test_gpt2_is_adapted_trained_disabled_saved_and_merged(tmp_path: Path) -> None:
+    start = time.monotonic()
+    command = [sys.executable, "examples/gpt2_library.py", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert time.monotonic() - start < 60
+    base, adapted = map(
+        float, re.search(r"^unseen rows: base ([\d.]+), adapted ([\d.]+)$", result.stdout, re.M).groups()
+    )
+    assert adapted < base - 1
+    assert f"read back: {adapted:.3f}\n" in result.stdout
+    assert f"merged, in transformers alone: {adapted:.3f}\n" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}

@@ -26,6 +26,7 @@ def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
 
 
+@pytest.mark.slow
 def test_tensor_parallel_losses_from_a_toml_file_are_those_of_one_rank_and_of_the_reference(tmp_path: Path) -> None:
     """20 steps. Default eps lets AdamW turn rounding into steps, and other CPUs round otherwise: hence 1e-4.
 
@@ -57,6 +58,7 @@ def test_tensor_parallel_losses_from_a_toml_file_are_those_of_one_rank_and_of_th
     assert (tmp_path / "losses.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_ranks_and_full_fine_tuning_are_compared_and_a_difference_fails(tmp_path: Path) -> None:
     result = compare(
         tmp_path,

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from harness import ROOT, TINY_ARGS
+
+pytestmark = pytest.mark.slow
 
 
 def free_port() -> int:

@@ -72,7 +72,7 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(job, tmp_path: Path) ->
     twin.save_pretrained(tmp_path / "peft")
     run = build(tmp_path / "run", *job[1], f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
     run.trainer.checkpointer.load()
-    assert (run.trainer.checkpointer.settings.rank, run.trainer.checkpointer.settings.alpha) == (5, 7.0)
+    assert (run.trainer.checkpointer.run.config.rank, run.trainer.checkpointer.run.config.alpha) == (5, 7.0)
     torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=HF_MODELS[job[0]].atol)
     run.trainer.close()
 
@@ -95,7 +95,7 @@ def test_gpt_oss_takes_an_adapter_of_pefts_and_gives_it_back(tmp_path: Path) -> 
         with twin.disable_adapter():
             assert (expected - twin(input_ids=TOKENS).logits).abs().max() > 1e-2
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    run.trainer.checkpointer._export_peft(str(tmp_path / "again"))
+    run.trainer.checkpointer.run.write_peft(str(tmp_path / "again"))
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     run.trainer.close()

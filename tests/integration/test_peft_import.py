@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def start_from(run: Run, path: Path) -> None:
-    run.trainer.checkpointer.settings.initial_adapter_path = str(path)
+    run.trainer.checkpointer.run.config.initial_adapter_path = str(path)
     run.trainer.checkpointer.load()
 
 

@@ -11,8 +11,8 @@ from forked_job import ForkedJob
 from harness import Trainer, build, parse, start_process_group
 from torch.distributed.checkpoint import FileSystemReader
 
-from lora_converter.titan.job_config import full_phase_result
-from lora_converter.titan.metrics import log_phase
+from lora_converter.titan.host import log_phase
+from lora_converter.titan.job import full_phase_result
 from lora_converter.titan.phases import full_phase_config, run_full_phase
 
 TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -131,6 +131,7 @@ def adapter_of(job: ForkedJob) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "moments", "options"),
     [

@@ -16,7 +16,7 @@ from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from lora_converter.fingerprint import base_fingerprint
 from lora_converter.peft import load_peft
-from lora_converter.titan import checkpoint
+from lora_converter.run import run as lora_run
 
 llama3_args["tiny_twin"] = TransformerModelArgs(**TINY)
 
@@ -192,13 +192,13 @@ def test_a_run_that_is_over_has_nothing_left_to_train_and_a_longer_one_goes_on(
 
 def test_a_merge_that_was_killed_is_done_by_the_next_launch(hf_base: Path, tmp_path: Path) -> None:
     options = [*on(hf_base), *END, *PEFT, "--lora.save_merged"]
-    killed = mock.patch.object(checkpoint, "merge_directories", side_effect=KeyboardInterrupt("killed"))
+    killed = mock.patch.object(lora_run, "merge_directories", side_effect=KeyboardInterrupt("killed"))
     with killed, pytest.raises(KeyboardInterrupt):
         train(tmp_path, *options)
     assert not (tmp_path / "checkpoint" / "merged-3").exists()
     train(tmp_path, *options)
     assert (tmp_path / "checkpoint" / "merged-3" / "lora_merge.json").exists()
-    with mock.patch.object(checkpoint, "merge_directories", side_effect=AssertionError("again")):
+    with mock.patch.object(lora_run, "merge_directories", side_effect=AssertionError("again")):
         train(tmp_path, *options)
 
 

@@ -6,14 +6,16 @@ import time
 from pathlib import Path
 
 import harness  # noqa: F401  (before torchtitan)
+import pytest
 import torch
 from safetensors import safe_open
 from torchtitan.models.llama3 import Llama3StateDictAdapter, Transformer, llama3_args
 
 from lora_converter.config import LoRAConfig
-from lora_converter.hf_folder import Entry, write_header
+from lora_converter.hf.bridge import to_peft
+from lora_converter.hf.folder import Entry, write_header
+from lora_converter.linear import linear_shapes
 from lora_converter.peft import PeftAdapter, load_peft, save_peft
-from lora_converter.titan.peft_bridge import linear_shapes, to_peft
 
 LAYERS, OUT, IN = 32, 4096, 8192
 
@@ -22,12 +24,13 @@ def test_an_adapter_of_rank_64_on_all_linears_of_an_8b_model_is_exported_in_10_s
     with torch.device("meta"):
         linears = linear_shapes(Transformer(llama3_args["8B"]))
     linears.pop("output")
-    state = {}
+    state, names = {}, {}
     for fqn, (out_features, in_features) in linears.items():
         state[f"{fqn}.lora_a.weight"] = torch.randn(64, in_features)
         state[f"{fqn}.lora_b.weight"] = torch.randn(out_features, 64)
+        names[f"{fqn}.weight"] = (f"{fqn}.lora_a.weight", f"{fqn}.lora_b.weight")
     start = time.perf_counter()
-    peft = to_peft(Llama3StateDictAdapter(llama3_args["8B"], None), state, linears, LoRAConfig(rank=64))
+    peft = to_peft(Llama3StateDictAdapter(llama3_args["8B"], None), state, names, linears, LoRAConfig(rank=64))
     save_peft(peft, tmp_path / "adapter")
     assert time.perf_counter() - start < 10
     assert len(load_peft(tmp_path / "adapter").factors) == 224
@@ -58,6 +61,7 @@ print(peak[0] - idle)
 """
 
 
+@pytest.mark.slow
 def test_merging_a_base_of_2_gb_takes_less_than_a_shard_and_a_half_of_memory(tmp_path: Path) -> None:
     """Files without written bytes read as zeros, so the merged weights are the update."""
     weight = Entry("BF16", [OUT, IN], OUT * IN * 2)

@@ -15,8 +15,8 @@ from torchtitan.models.llama3 import Transformer, llama3_args
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
 from lora_converter import LoRALinear, adapter_parameters
-from lora_converter.apply import adapted_linears
-from lora_converter.linear import LoRAFactor
+from lora_converter.adapted import adapted_modules
+from lora_converter.tensor_parallel import LoRAFactor
 from lora_converter.titan.converter import LoRAConverter
 
 FLOAT8 = ["--model.converters=quantize.linear.float8,lora", "--quantize.linear.float8.emulate"]
@@ -95,7 +95,7 @@ def test_adapters_on_a_float8_base_are_not_quantized(hf_base: Path, tmp_path: Pa
     from torchao.float8.float8_linear import Float8Linear
 
     run = build(tmp_path, *from_hf(hf_base), *FLOAT8)
-    linears = list(adapted_linears(run.trainer.model_parts[0]))
+    linears = list(adapted_modules(run.trainer.model_parts[0]))
     assert len(linears) == 28 and all(isinstance(linear, Float8Linear) for linear in linears)
     factors = [factor for linear in linears for factor in (linear.lora_a, linear.lora_b)]
     assert not any(isinstance(factor, Float8Linear) for factor in factors)
@@ -185,7 +185,7 @@ def test_moe_debug_models_train_on_cpu_with_their_routing_frozen(
 ) -> None:
     options = [f"--model.name={model}", f"--model.flavor={flavor}", "--checkpoint.initial_load_path="]
     run = build(tmp_path, *options, "--training.steps=2", "--training.local_batch_size=1", "--checkpoint.no-enable")
-    names = [linear.lora_fqn for linear in adapted_linears(run.trainer.model_parts[0])]
+    names = [linear.lora_fqn for linear in adapted_modules(run.trainer.model_parts[0])]
     assert not any("router" in name or name == "output" for name in names)
     before = {name: value.clone() for name, value in run.trainer.model_parts[0].state_dict().items()}
     finish(run)

@@ -50,7 +50,7 @@ def test_a_writer_that_is_killed_in_the_exchange_leaves_both_whole_and_the_next_
         assert load_peft(tmp_path / "adapter.replaced").rank == 2
     with (
         pytest.raises(OSError, match="full"),
-        mock.patch("lora_converter.peft.write_tensors", side_effect=OSError("full")),
+        mock.patch("lora_converter.hf.peft_directory.write_tensors", side_effect=OSError("full")),
     ):
         save_peft(an_adapter(rank=4), folder, replace=True)
     assert load_peft(folder).rank == 2
@@ -61,8 +61,8 @@ def test_a_writer_that_is_killed_in_the_exchange_leaves_both_whole_and_the_next_
 def test_a_killed_update_leaves_the_old_file_and_the_next_one_tidies_up(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     save_peft(an_adapter(), folder)
-    stop = mock.patch("lora_converter.peft.os.replace", side_effect=Killed)
-    with stop, mock.patch("lora_converter.peft.remove"), pytest.raises(Killed):
+    stop = mock.patch("lora_converter.hf.peft_directory.os.replace", side_effect=Killed)
+    with stop, mock.patch("lora_converter.hf.peft_directory.remove"), pytest.raises(Killed):
         update_peft(an_adapter(rank=2), folder)
     assert load_peft(folder).rank == 3 and len(os.listdir(tmp_path)) == 2
     update_peft(an_adapter(rank=2), folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
+pytestmark = pytest.mark.slow
+
 FILES = {"PEFT directories": 4000, "merges": 2000, "step folders": 1500, "merge records": 500, "packages": 2000}
 
 

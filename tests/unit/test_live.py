@@ -137,7 +137,7 @@ def test_disabled_it_is_the_base_bit_for_bit_and_then_itself_again(pair) -> None
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
-@pytest.mark.parametrize("pair", ["plain", "llama"], indirect=True)
+@pytest.mark.parametrize("pair", ["plain", pytest.param("llama", marks=pytest.mark.slow)], indirect=True)
 def test_compiled_too_with_a_graph_for_either_state(pair) -> None:
     base, model, x = pair
     torch._dynamo.reset()

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from lora_converter.config import LoRAConfig
-from lora_converter.titan import cpu
-
-cpu.prepare()  # before torchtitan
-
-from lora_converter.titan.naming import hf_linears, hf_name  # noqa: E402
-from lora_converter.titan.peft_bridge import from_peft, to_peft  # noqa: E402
+from lora_converter.hf.bridge import from_peft, to_peft
+from lora_converter.hf.naming import hf_linears, hf_name
 
 OUT, IN = 12, 10
 COLUMNS = torch.randperm(IN, generator=torch.Generator().manual_seed(1))
+
+
+def peft_names(fqns: list[str]) -> dict[str, tuple[str, str]]:
+    return {f"{fqn}.weight": (f"{fqn}.lora_a.weight", f"{fqn}.lora_b.weight") for fqn in fqns}
 
 
 class Adapter:
@@ -53,13 +53,13 @@ def test_the_adapter_of_every_part_is_its_part_of_the_update_and_comes_back(fqn:
     config = LoRAConfig(rank=3, alpha=6.0)
     state = {f"{fqn}.lora_a.weight": torch.randn(3, IN), f"{fqn}.lora_b.weight": torch.randn(OUT, 3)}
     linears = {fqn: (OUT, IN)}
-    peft = to_peft(Adapter(), state, linears, config)  # type: ignore[arg-type]
+    peft = to_peft(Adapter(), state, peft_names([fqn]), linears, config)  # type: ignore[arg-type]
     update = config.scaling * (state[f"{fqn}.lora_b.weight"] @ state[f"{fqn}.lora_a.weight"])
     expected = Adapter().to_hf({f"{fqn}.weight": update})
     assert {f"{module}.weight" for module in peft.factors} == expected.keys()
     for module in peft.factors:
         torch.testing.assert_close(peft.delta_weight(module), expected[f"{module}.weight"])
-    back = from_peft(Adapter(), peft, linears, adapted=[fqn], what="it")  # type: ignore[arg-type]
+    back = from_peft(Adapter(), peft, peft_names([fqn]), linears, what="it")  # type: ignore[arg-type]
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

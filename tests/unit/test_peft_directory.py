@@ -79,11 +79,14 @@ def test_an_existing_folder_is_left_alone_unless_it_is_an_adapter_to_replace(fol
     assert (tmp_path / "precious" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("where", ["lora_converter.peft.write_tensors", "lora_converter.peft.json.dumps"])
-def test_a_full_disk_leaves_no_half_adapter_and_the_old_one(where: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["write_tensors", "json.dumps"])
+def test_a_full_disk_leaves_no_half_adapter_and_the_old_one(what: str, folder: Path, tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
     for target in (tmp_path / "new", folder):
-        with mock.patch(where, side_effect=full), pytest.raises(OSError, match="No space left"):
+        with (
+            mock.patch(f"lora_converter.hf.peft_directory.{what}", side_effect=full),
+            pytest.raises(OSError, match="No space left"),
+        ):
             save_peft(an_adapter(rank=2), target, replace=True)
     assert not (tmp_path / "new").exists() and load_peft(folder).rank == 3
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

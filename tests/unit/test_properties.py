@@ -13,13 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora, split_state_dict
+from lora_converter.hf.bridge import from_peft, to_peft
 from lora_converter.peft import CONFIG_FILE, PeftAdapter, load_peft, save_peft
 from lora_converter.targets import ALL_LINEAR, select_targets
-from lora_converter.titan import cpu
-
-cpu.prepare()  # before torchtitan
-
-from lora_converter.titan.peft_bridge import from_peft, to_peft  # noqa: E402
 
 # The same examples every time: a red run can be looked into, and CI is not a lottery.
 settings.register_profile("here", derandomize=True, database=None, deadline=None, max_examples=200)
@@ -119,13 +115,14 @@ def test_any_renaming_permuting_and_splitting_host_gets_its_part_of_the_update_a
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
     state = {"wx.lora_a.weight": a, "wx.lora_b.weight": b}
+    names = {"wx.weight": ("wx.lora_a.weight", "wx.lora_b.weight")}
     linears, config = {"wx": (out_features, in_features)}, LoRAConfig(rank=rank, alpha=3.0)
-    peft = to_peft(host, state, linears, config)  # type: ignore[arg-type]
+    peft = to_peft(host, state, names, linears, config)  # type: ignore[arg-type]
     expected = host.to_hf({"wx.weight": config.scaling * (b.double() @ a.double())})
     assert peft.factors.keys() == host.parts.keys()
     for name in peft.factors:  # fp32 products of a few terms against fp64
         torch.testing.assert_close(peft.delta_weight(name).double(), expected[f"{name}.weight"], rtol=1e-5, atol=1e-5)
-    back = from_peft(host, peft, linears, adapted=["wx"], what="it")  # type: ignore[arg-type]
+    back = from_peft(host, peft, names, linears, what="it")  # type: ignore[arg-type]
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

@@ -1,0 +1,236 @@
+"""What an adapted module is: the protocol through which everything else in the package deals with adapters.
+
+A kind of adapted module (`linear.py` is one) is a class that derives from `AdaptedModule` and is put onto a module
+that is there by swapping that module's class. It declares which of its parameters are the adapter's, how they begin,
+what they add to the base weights, and what PEFT calls them. Selection, freezing, state dicts, checkpoints, faults,
+merging, fingerprints and sums of gradients ask for nothing else.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from lora_converter.config import LoRAConfig
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class AdaptedModule(nn.Module):
+    """A module with a trained adapter beside its frozen parameters. A kind derives from it and is never constructed.
+
+    Attributes:
+        lora_config: The settings that the adapter was put on with.
+        lora_fqn: Name of the module in the whole model; pipeline stages and wrappers do not change it.
+        lora_canonical_name: The same module's name on any host; decides the initial values.
+        lora_enabled: False while `disable_adapter` is entered: the forward is then the base's.
+        lora_unmerged: Weight -> what it was, this rank's part, while the update is merged into it.
+    """
+
+    adapter_kind: ClassVar[str]
+    """Plural noun for log lines: `linears`."""
+
+    adapter_parameter_names: ClassVar[tuple[str, ...]]
+    """What trains, by declaration: every other parameter below this module belongs to the base."""
+
+    zero_at_start: ClassVar[tuple[str, ...]] = ()
+    """Those whose zeros make the update zero, as it is before the first step."""
+
+    peft_factors: ClassVar[dict[str, tuple[str, str]]] = {}
+    """
+    Base weight -> the parameters that PEFT calls its lora_A and lora_B. A kind that PEFT cannot express leaves it
+    empty; exporting such an adapter is an error that names it.
+    """
+
+    lora_config: LoRAConfig
+    lora_fqn: str
+    lora_canonical_name: str
+    lora_enabled: bool
+    lora_unmerged: dict[str, torch.Tensor] | None
+
+    def reset_adapter(self, seed: int) -> None:
+        """Gives the adapter its initial values, which depend on `seed` and the canonical name alone. No collective."""
+        raise NotImplementedError
+
+    def delta_weights(self) -> dict[str, torch.Tensor]:
+        """Base weight -> its update: full, fp32, in the weight's own shape. A collective where factors are sharded."""
+        raise NotImplementedError
+
+    def whole_over(self) -> dict[str, DeviceMesh]:
+        """Adapter parameter -> the mesh over which it is whole while its gradient on each rank is a partial sum."""
+        return {}
+
+    def remove_adapter(self) -> None:
+        """Deletes what the kind has put on the module beside the attributes named here. The class is swapped after."""
+        raise NotImplementedError
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Name below this module -> parameter, of all that trains."""
+        return {name: self.get_parameter(name) for name in self.adapter_parameter_names}
+
+    def peft_names(self) -> dict[str, tuple[str, str]]:
+        """Base weight -> the adapter parameters that PEFT calls its lora_A and lora_B, by their names in the model."""
+        return {
+            f"{self.lora_fqn}.{weight}": (f"{self.lora_fqn}.{a}", f"{self.lora_fqn}.{b}")
+            for weight, (a, b) in self.peft_factors.items()
+        }
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the forward has to compute an update: neither merged nor disabled."""
+        return self.lora_enabled and self.lora_unmerged is None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the updates to the weights, in fp32 and rounded once. The base weights are kept for `unmerge`."""
+        originals = {}
+        for name, delta in self.delta_weights().items():
+            weight = self.get_parameter(name)
+            originals[name] = weight.detach().clone()
+            weight.copy_(weight.float() + shard_like(delta, weight))
+        self.lora_unmerged = originals
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts the base weights back, bit for bit."""
+        assert self.lora_unmerged is not None
+        for name, original in self.lora_unmerged.items():
+            self.get_parameter(name).copy_(original)
+        self.lora_unmerged = None
+
+    def unload(self) -> None:
+        """Makes this a plain module again, of the class it was, with the weights that it has now."""
+        self.remove_adapter()
+        for name in ("lora_config", "lora_fqn", "lora_canonical_name", "lora_enabled", "lora_unmerged"):
+            delattr(self, name)
+        mro = type(self).mro()
+        plain = mro[mro.index(AdaptedModule) + 1]
+        self.__class__ = subclass_with(FSDPModule, plain) if isinstance(self, FSDPModule) else plain
+
+
+def adapt(module: nn.Module, kind: type[M], config: LoRAConfig, *, fqn: str, canonical_name: str = "") -> M:
+    """Swaps the class of `module` for one that is also of an adapted kind, and sets what all kinds have.
+
+    Args:
+        kind: An `AdaptedModule`.
+        fqn: The module's name in the whole model.
+        canonical_name: Its name on any host; `fqn` if left out.
+    """
+    adapted = swap_class(module, kind)
+    assert isinstance(adapted, AdaptedModule)
+    adapted.lora_config, adapted.lora_fqn, adapted.lora_canonical_name = config, fqn, canonical_name or fqn
+    # On the instance, since graphs of torch.compile guard on an attribute's place, too.
+    adapted.lora_enabled, adapted.lora_unmerged = True, None
+    return cast(M, adapted)
+
+
+def swap_class(module: nn.Module, mixin: type[M]) -> M:
+    """Makes `module` an instance of `mixin` as well, in place."""
+    module.__class__ = subclass_with(mixin, type(module))
+    return cast(M, module)
+
+
+def subclass_with(mixin: type, cls: type) -> type:
+    """A class that is both, `mixin` first; one per pair, so that equal modules have equal classes."""
+    return _subclass(mixin, cls)
+
+
+@functools.cache
+def _subclass(mixin: Any, cls: Any) -> type:
+    return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
+
+
+def adapted_modules(model: nn.Module) -> Iterator[AdaptedModule]:
+    """The modules of `model` that have an adapter, in the model's order."""
+    return (module for module in model.modules() if isinstance(module, AdaptedModule))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter for everything that trains, e.g. `layers.0.attention.wq.lora_a.weight`.
+
+    Names are those of the whole model, also for a pipeline stage or a wrapped or compiled block of it.
+    """
+    return {
+        f"{module.lora_fqn}.{name}": param
+        for module in adapted_modules(model)
+        for name, param in module.adapter_parameters().items()
+    }
+
+
+def adapters_at_rest(model: nn.Module) -> list[AdaptedModule]:
+    """The adapted modules, with their sharded parameters in place: FSDP2 may hold some gathered after a forward.
+
+    Raises:
+        ValueError: There is none.
+    """
+    reshard(model)
+    adapted = list(adapted_modules(model))
+    if not adapted:
+        raise ValueError("The model has no LoRA adapters.")
+    return adapted
+
+
+def check_peft_forms(adapted: Iterable[AdaptedModule]) -> None:
+    """Refuses kinds of adapters that PEFT's format has no form for.
+
+    Raises:
+        ValueError: Some of `adapted` are of such a kind; all are named.
+    """
+    if formless := [module for module in adapted if not module.peft_factors]:
+        kinds = ", ".join(dict.fromkeys(module.adapter_kind for module in formless))
+        names = ", ".join(module.lora_fqn for module in formless)
+        raise ValueError(
+            f"PEFT has no form for {len(formless)} adapted modules ({kinds}): {names}. Keep such adapters in step "
+            "folders, or leave them out."
+        )
+
+
+def modules_of(parameters: Iterable[str], kinds: Iterable[type[AdaptedModule]]) -> list[str]:
+    """The modules that adapter parameters of these names belong to, sorted; other names are left out.
+
+    Args:
+        kinds: Kinds of adapted modules whose parameters are known.
+    """
+    endings = {f".{name}" for kind in kinds for name in kind.adapter_parameter_names}
+    return sorted({name.removesuffix(end) for name in parameters for end in endings if name.endswith(end)})
+
+
+def plain_fqn(fqn: str) -> str:
+    """A name without what activation checkpointing and torch.compile put into it."""
+    return fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the sharded parameters of FSDP2 in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded; a collective then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in the layout of `param`: this rank's slice of it, without communication."""
+    if isinstance(param, DTensor):
+        return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+    return full
+
+
+@torch.no_grad()
+def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
+    """Copies the full tensor into `param`: all of it, or this rank's slice of a DTensor, without communication."""
+    param.copy_(shard_like(full, param))
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of SHA-256: the same on every rank, machine and Python, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,58 @@
+"""A DCP folder against what the model needs of it: one verdict on all ranks, before anything is loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from lora_converter.dcp.reader import METADATA_FILE, read_folder
+from lora_converter.fit import Misfit
+from lora_converter.ranks import agreed, together, union_over_ranks
+
+_HINT = "Check model.flavor and the folder."
+_WORDS = {"missing": "keys are missing", "misshapen": "keys have another shape"}
+
+
+def stored_in(path: str, option: str, *, hint: str = "") -> Metadata:
+    """What a DCP folder holds, on all ranks.
+
+    Args:
+        option: The setting that names the folder.
+        hint: What to say where the folder is of another kind.
+
+    Raises:
+        ValueError: On all ranks, if one of them finds no complete DCP folder there, or another one.
+    """
+
+    def read() -> tuple[Metadata, str]:
+        try:
+            return read_folder(path)
+        except ValueError as e:
+            wrong_kind = f" {hint}" if hint and f"it has no {METADATA_FILE}" in str(e) else ""
+            raise ValueError(f"{option}: {e}{wrong_kind}") from None
+
+    stored, digest = together(read)
+    agreed_metadata(path, option, digest)
+    return stored
+
+
+def agreed_metadata(path: str | Path, option: str, digest: str) -> None:
+    """Refuses folders of one name that are not the same on all ranks."""
+    agreed(digest, f"{option}: {path}/{METADATA_FILE} (SHA-256)")
+
+
+def check_fits(wanted: Mapping[str, Any], stored: Metadata, what: str) -> None:
+    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape."""
+    misfit = Misfit()
+    for name, tensor in wanted.items():
+        entry = stored.state_dict_metadata.get(name)
+        if entry is None:
+            misfit.missing.append(name)
+        elif isinstance(entry, TensorStorageMetadata):
+            misfit.compare(name, entry.size, tensor.shape)
+        elif isinstance(tensor, torch.Tensor):
+            misfit.misshapen.append(f"{name} is no tensor there and {tuple(tensor.shape)} in the model")
+    on_all_ranks = Misfit(missing=union_over_ranks(misfit.missing), misshapen=union_over_ranks(misfit.misshapen))
+    on_all_ranks.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint=_HINT)

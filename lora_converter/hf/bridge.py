@@ -1,0 +1,181 @@
+"""Adapters in a host's names as PEFT's and back.
+
+    host   layers.0.attention.wq.lora_a.weight (rank, in), .lora_b.weight (out, rank)
+    PEFT   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, .lora_B.weight
+
+Names, row orders and splits are the StateDictAdapter's (`naming.py`); which parameters are PEFT's factors is the
+adapted module's to say (`AdaptedModule.peft_factors`).
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from lora_converter.config import LoRAConfig
+from lora_converter.fit import Misfit
+from lora_converter.hf.folder import FLOATS, weight_shapes
+from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_name, hf_names
+from lora_converter.hf.peft_directory import PeftAdapter
+
+_NUMBERED = re.compile(r"\.\d+\.")
+
+LinearShapes = dict[str, tuple[int, int]]
+"""FQN of a linear -> (out_features, in_features)."""
+
+PeftNames = Mapping[str, tuple[str, str]]
+"""Adapted weight, `<fqn>.weight` -> the adapter parameters that are its lora_A and lora_B."""
+
+_WORDS = {
+    "missing": "adapted linears are missing in it",
+    "misshapen": "have another shape",
+    "unknown": "of its modules have no adapter here",
+}
+
+
+def to_peft(
+    adapter: StateDictAdapter,
+    state_dict: Mapping[str, torch.Tensor],
+    names: PeftNames,
+    linears: LinearShapes,
+    config: LoRAConfig,
+    *,
+    base_model: str = "",
+    base_fingerprint: str = "",
+) -> PeftAdapter:
+    """Full adapter tensors in the host's names -> an adapter in Hugging Face's.
+
+    Args:
+        state_dict: The adapters' parameters.
+        names: Of every adapted weight.
+        linears: All linears of the model, adapted or not.
+
+    Raises:
+        ValueError: The host cannot express a weight in Hugging Face's terms.
+    """
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for weight, (name_a, name_b) in sorted(names.items()):
+        fqn = weight.removesuffix(".weight")
+        out_features, in_features = linears[fqn]
+        a, b = state_dict[name_a], state_dict[name_b]
+        for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
+            factors[hf.name] = (
+                a if hf.columns is None else a[:, hf.columns],
+                b if hf.rows is None else b[hf.rows],
+            )
+    return PeftAdapter(
+        factors=dict(sorted(factors.items())),
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        use_rslora=config.use_rslora,
+        target_modules=_shortest_targets(set(factors), _hf_names(adapter, linears)),
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+    )
+
+
+def check_exportable(adapter: StateDictAdapter | None, linears: LinearShapes, adapted: Iterable[str]) -> None:
+    """Finds out before the training what would otherwise fail after it.
+
+    Raises:
+        ValueError: An adapted linear has no name in Hugging Face's terms; all such are named.
+    """
+    if adapter is None:
+        raise ValueError("checkpoint.last_save_in_hf: the model has no StateDictAdapter to name PEFT's modules by.")
+    nameless = []
+    for fqn in adapted:
+        try:
+            hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
+        except ValueError:
+            nameless.append(fqn)
+    if nameless:
+        raise ValueError(
+            f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {len(nameless)} "
+            f"adapted linears: {', '.join(nameless)}. Name them in lora.exclude_modules, or leave last_save_in_hf at "
+            "false."
+        )
+
+
+def check_mergeable(adapter: StateDictAdapter, linears: LinearShapes, adapted: Iterable[str], base: str) -> None:
+    """The same for merging: every adapted linear's weight is in the base's files, and not quantized.
+
+    Raises:
+        ValueError: Some are not; all are named.
+    """
+    weights = weight_shapes(Path(base))
+    names = [
+        f"{name}.weight"
+        for fqn in adapted
+        for name in hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
+    ]
+    wrong = [name for name in names if name not in weights or weights[name][2] not in FLOATS.values()]
+    if wrong:
+        raise ValueError(
+            f"lora.save_merged: {len(wrong)} adapted weights are not in {base}, or quantized there: "
+            f"{', '.join(wrong)}. Name their linears in lora.exclude_modules, or leave save_merged at false."
+        )
+
+
+def from_peft(
+    adapter: StateDictAdapter, peft: PeftAdapter, names: PeftNames, linears: LinearShapes, *, what: str
+) -> dict[str, torch.Tensor]:
+    """The inverse: full tensors in the host's names.
+
+    Args:
+        names: Of every adapted weight of the model.
+        what: What is read, for messages.
+
+    Raises:
+        ValueError: `what` lacks modules, has modules that are not adapted, or has another width; all are named.
+    """
+    state_dict: dict[str, torch.Tensor] = {}
+    misfit, used = Misfit(), set()
+    for weight, (name_a, name_b) in sorted(names.items()):
+        fqn = weight.removesuffix(".weight")
+        out_features, in_features = linears[fqn]
+        a, b = torch.empty(peft.rank, in_features), torch.empty(out_features, peft.rank)
+        for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
+            used.add(hf.name)
+            if hf.name not in peft.factors:
+                misfit.missing.append(hf.name)
+                continue
+            hf_a, hf_b = peft.factors[hf.name]
+            rows = out_features if hf.rows is None else len(hf.rows)
+            there, here = (hf_b.shape[0], hf_a.shape[1]), (rows, in_features)
+            misfit.compare(hf.name, there, here)
+            if there == here:
+                a[:, slice(None) if hf.columns is None else hf.columns] = hf_a.float()
+                b[slice(None) if hf.rows is None else hf.rows] = hf_b.float()
+        state_dict[name_a], state_dict[name_b] = a, b
+    misfit.unknown = sorted(set(peft.factors) - used)
+    misfit.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint="Check lora.target_modules.")
+    return state_dict
+
+
+def _hf_names(adapter: StateDictAdapter, linears: LinearShapes) -> set[str]:
+    """Of all linears that Hugging Face's model has."""
+    names = set()
+    for fqn, (out_features, in_features) in linears.items():
+        try:
+            names.add(hf_name(adapter, fqn, out_features=out_features, in_features=in_features))
+        except ValueError:
+            continue  # adapted ones were found before; the others need no name
+    return names
+
+
+def _shortest_targets(adapted: set[str], everything: set[str]) -> list[str]:
+    """PEFT's `target_modules`: last parts of names where they mean exactly the adapted linears, else whole names.
+
+    A decoder that is not at `model.layers` is one part of a larger model (`language_model.model.layers` of Llama 4),
+    whose other parts, unknown here, may have linears of the same names: then whole names too.
+    """
+    if any(_NUMBERED.search(name) and not name.startswith("model.layers.") for name in everything):
+        return sorted(adapted)
+    targets: set[str] = set()
+    for name in adapted:
+        last = name.rpartition(".")[2]
+        same = {other for other in everything if other.rpartition(".")[2] == last}
+        targets |= {last} if same <= adapted else {name}
+    return sorted(targets)

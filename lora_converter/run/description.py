@@ -1,0 +1,175 @@
+"""What a step folder says of the run that wrote it, and whether another job may go on from it.
+
+step-N/lora.json    model, flavor, base with its fingerprint, and the settings of [lora], which the tensors do not tell
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from lora_converter.adapted import AdaptedModule, modules_of
+from lora_converter.config import LoRAConfig
+from lora_converter.files import read_json, write_whole
+from lora_converter.run.job import Job
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "lora.json"
+
+MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE = PARTS = (
+    "model",
+    "optimizer",
+    "lr_scheduler",
+    "dataloader",
+    "train_state",
+)
+"""What a step is made of. The model's entries have their own names, those of the others begin with the part's."""
+
+_MUST_AGREE = ("rank", "alpha", "use_rslora")
+"""Of [lora], beside the linears that it selects. Dropout may change during a run."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `lora.json` holds.
+
+    Attributes:
+        base: Where the base weights came from; empty if the step holds them itself.
+        base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
+        lora: The fields of `LoRAConfig`.
+    """
+
+    model: str
+    flavor: str
+    base: str
+    lora: dict[str, Any]
+    base_fingerprint: str = ""
+
+    @staticmethod
+    def of_job(job: Job, base_fingerprint: str) -> "Description":
+        """That of a job's steps."""
+        lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
+        return Description(job.model, job.flavor, job.base.path if job.base else "", lora, base_fingerprint)
+
+    @staticmethod
+    def read(folder: str | Path) -> "Description | None":
+        """That of a step folder; None if it has none.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        path = Path(folder) / DESCRIPTION
+        try:
+            found = read_json(path)
+            description = Description(**{"base_fingerprint": "", **found})
+            LoRAConfig(**description.lora)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except TypeError as e:
+            raise ValueError(f"{path} is damaged ({e}).") from None
+        others = (description.model, description.flavor, description.base, description.base_fingerprint)
+        if not all(isinstance(value, str) for value in others):
+            raise ValueError(f"{path} is damaged: model, flavor and base must be strings.")
+        return description
+
+    def write(self, folder: str | Path) -> None:
+        """Into a step folder that is about to be written."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(folder) / DESCRIPTION, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
+
+    def differences(self, job: "Description", there: Iterable[str], here: Iterable[str]) -> list[str]:
+        """What keeps a step from being continued by a job, one phrase each.
+
+        Args:
+            job: The description of that job.
+            there: The adapted linears of the step.
+            here: Those of the job.
+        """
+        pairs: list[tuple[str, Any, Any]] = [
+            ("model.name", self.model, job.model),
+            ("model.flavor", self.flavor, job.flavor),
+        ]
+        pairs += [(f"lora.{name}", self.lora.get(name), job.lora[name]) for name in _MUST_AGREE]
+        found = [f"{option} is {value!r} there and {ours!r} here" for option, value, ours in pairs if value != ours]
+        there, here = set(there), set(here)
+        for where, more in (("there", there - here), ("here", here - there)):
+            found += [f"{len(more)} linears are adapted only {where}: {', '.join(sorted(more))}"] if more else []
+        return found
+
+
+def adapters_in(
+    stored: Metadata, kinds: Iterable[type[AdaptedModule]], base: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """The adapted modules of a step, and what else it holds of a model that is not the base's.
+
+    Args:
+        kinds: Kinds of adapted modules whose parameters are known.
+        base: Names of the base's own entries.
+    """
+    states = tuple(f"{part}." for part in PARTS if part != MODEL)
+    names = [name for name in stored.state_dict_metadata if not name.startswith(states)]
+    kinds = list(kinds)
+    modules = modules_of(names, kinds)
+    known = {f"{module}.{name}" for module in modules for kind in kinds for name in kind.adapter_parameter_names}
+    return modules, sorted(set(names) - known - set(base))
+
+
+def check_same_run(
+    path: str,
+    step: Description | None,
+    job: Description,
+    *,
+    there: Iterable[str],
+    here: Iterable[str],
+    foreign: Iterable[str] = (),
+) -> str:
+    """Refuses adapters that were trained with other settings than the job's.
+
+    Args:
+        step: What is known of them; of a step folder, its `lora.json`.
+        there: The modules that they adapt.
+        here: Those that the job adapts.
+        foreign: What else is there that this job has not.
+
+    Returns:
+        The fingerprint of the step's base; empty if it does not say.
+
+    Raises:
+        ValueError: All differences.
+    """
+    if step is None:
+        logger.warning(f"LoRA: {path} has no {DESCRIPTION}, so its settings and its base are not checked.")
+        return ""
+    found = step.differences(job, there, here)
+    if not found and (foreign := list(foreign)):
+        found = [f"{len(foreign)} entries are there alone: {', '.join(foreign)}"]
+    if found:
+        raise ValueError(
+            f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or start anew."
+        )
+    return step.base_fingerprint
+
+
+def check_same_base(path: str, recorded: str, base: str, found: str, *, accept: bool) -> None:
+    """Refuses adapters that were trained on another base than the one that is loaded.
+
+    Args:
+        recorded: Fingerprint of the base of the adapters in `path`; empty if not known.
+        base: Where the base was loaded from.
+        found: Its fingerprint; empty if there is none.
+        accept: Only warn.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if recorded in ("", found) or not found:
+        return
+    both = f"{path} was trained on a base with fingerprint {recorded}; that of {base} is {found}."
+    if not accept:
+        raise ValueError(f"{both} Name the base it was trained on, or set lora.accept_other_base = true.")
+    logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")

@@ -1,0 +1,62 @@
+"""What a host gives to a LoRA run, and what it calls. `docs/contributing.md` tells how to add one.
+
+A host is a trainer, with its way of building models and of configuring jobs. It
+
+1. builds the model, calls `apply_lora` (with its `factor_class` and `canonical_name`, if it needs them), and lets
+   `reset_adapters`, `mark_partial_gradients` and `freeze_base` follow its own initialisation of weights;
+2. calls `sum_partial_gradients` once per step, before it clips;
+3. makes one `Run` of what it is, and calls `load` before the first step, `after_step` after each, `prepare_step`
+   before it writes a step, `export` for a PEFT directory, and `finish` at the end.
+
+Nothing here imports a host.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.run.job import Job
+
+
+class Host(Protocol):
+    """A trainer, as a LoRA run on it sees it."""
+
+    job: Job
+
+    model_parts: list[nn.Module]
+    """The models of this rank: one, or several pipeline stages."""
+
+    states: dict[str, Any]
+    """What a step holds beside the model: name -> Stateful of `optimizer`, `lr_scheduler`, `dataloader` and so on."""
+
+    meshes: dict[str, DeviceMesh]
+    """The one-dimensional meshes of more than one rank, by name. Pipeline stages lie along `pp`."""
+
+    data_rank: int
+    """Number of this rank among those that see other rows or other positions of a batch."""
+
+    state_dict_adapter: StateDictAdapter | None
+    """None where the host cannot express the model in Hugging Face's terms."""
+
+    def canonical_name(self, fqn: str) -> str:
+        """A parameter's name on any host. Seeds and fingerprints go by it."""
+
+    def on_log(self, look: Callable[[float], None]) -> None:
+        """Has `look` called with the gradient norm whenever the host logs one; with the same on all ranks."""
+
+    def end_at(self, step: int) -> None:
+        """Leaves nothing to train after `step`."""
+
+
+class ModelSource(Protocol):
+    """What a host gives without a job: its models, for tools that read step folders."""
+
+    def __call__(self, model: str, flavor: str) -> tuple[nn.Module, StateDictAdapter]:
+        """The model on the meta device, and its StateDictAdapter.
+
+        Raises:
+            ValueError: The host has no such model, or cannot express it in Hugging Face's terms.
+        """

@@ -1,0 +1,79 @@
+"""A LoRA job in plain values: what a run needs to know of the host's configuration.
+
+No postponed annotations here: torchtitan merges `RunConfig` into its job config by the types of its fields.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lora_converter.config import LoRAConfig
+
+
+@dataclass
+class RunConfig(LoRAConfig):
+    """The adapter's settings, where it starts from, and what is written at the end."""
+
+    initial_adapter_path: str = ""
+    """
+    Adapters that this run starts from: a step folder of an earlier LoRA run (DCP), or a PEFT directory, whose rank,
+    alpha, rsLoRA and targets hold where [lora] leaves them at their defaults. Only adapters are read: the base comes
+    from checkpoint.initial_load_path, and optimizer and step are fresh. Not loaded when the run resumes from its own
+    checkpoint folder.
+    """
+
+    accept_other_base: bool = False
+    """
+    Resume, or start from initial_adapter_path, although the base's fingerprint is not the one that the adapters were
+    trained on. Without it that is an error.
+    """
+
+    save_merged: bool = False
+    """
+    At the end also write base + adapter as a Hugging Face directory, checkpoint/merged-N beside the PEFT directory
+    step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
+    """
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the base weights come from.
+
+    Attributes:
+        path: A folder.
+        format: DCP, or a Hugging Face model.
+        quantized: The Hugging Face folder's weights are quantized, and are read dequantized.
+    """
+
+    path: str
+    format: Literal["dcp", "hf"] = "dcp"
+    quantized: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """One LoRA run.
+
+    Attributes:
+        model: The host's name of the architecture.
+        flavor: The host's name of its size.
+        seed: Decides the adapters' initial values.
+        steps: How many the run has.
+        folder: Of its steps, `step-N`.
+        base: None for random weights, which every step then stores.
+        exports_peft: The last step is a PEFT directory.
+        export_dtype: Of what that holds.
+        not_loaded: Parts of a step that are left out of loading: "optimizer", "dataloader", ...
+    """
+
+    model: str
+    flavor: str
+    config: RunConfig
+    seed: int
+    steps: int
+    folder: str
+    base: Base | None = None
+    exports_peft: bool = False
+    export_dtype: torch.dtype = torch.float32
+    not_loaded: tuple[str, ...] = ()

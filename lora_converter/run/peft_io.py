@@ -1,0 +1,112 @@
+"""PEFT directories of a run: written at its end, read at its start, and made of step folders without a run."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from lora_converter.adapted import adapter_parameters, modules_of
+from lora_converter.adapters import apply_lora
+from lora_converter.config import LoRAConfig
+from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.dcp.reader import read_metadata
+from lora_converter.files import digest
+from lora_converter.hf.bridge import LinearShapes, to_peft
+from lora_converter.hf.naming import StateDictAdapter, hf_name
+from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from lora_converter.hf.peft_directory import PeftAdapter, load_peft
+from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.ranks import agreed, together
+from lora_converter.run.description import DESCRIPTION, Description, adapters_in
+from lora_converter.run.host import ModelSource
+from lora_converter.run.job import RunConfig
+
+C = TypeVar("C", bound=RunConfig)
+
+
+def load_peft_everywhere(path: str) -> PeftAdapter:
+    """`load_peft` on every rank, of one and the same adapter.
+
+    Raises:
+        ValueError: On all ranks, if one cannot read its folder, or if they hold different adapters.
+    """
+    peft, found = together(lambda: (load_peft(path), digest(Path(path, CONFIG_FILE), Path(path, WEIGHTS_FILE))))
+    agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
+    return peft
+
+
+def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, linears: LinearShapes) -> C:
+    """`[lora]` for a run that starts from a PEFT directory: what is left at its default comes from the directory.
+
+    Rank, alpha, rsLoRA and targets; dropout stays the run's own affair.
+
+    Raises:
+        ValueError: A setting is not at its default and differs from the directory's.
+    """
+    default, what = LoRAConfig(), config.initial_adapter_path
+    found = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}
+    for name, value in found.items():
+        if getattr(config, name) not in (getattr(default, name), value):
+            raise ValueError(
+                f"lora.{name} = {getattr(config, name)!r}, but the adapter in {what} has {value!r}. "
+                f"Leave lora.{name} out to take the adapter's."
+            )
+    config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
+    if config.target_modules == default.target_modules and not config.exclude_modules:
+        targets = [fqn for fqn, shape in linears.items() if _stands_in(peft, adapter, fqn, shape)]
+        if not targets:
+            raise ValueError(f"{what} adapts {', '.join(sorted(peft.factors))}; the model has none of them.")
+        return replace(config, target_modules=targets)
+    return config
+
+
+def _stands_in(peft: PeftAdapter, adapter: StateDictAdapter, fqn: str, shape: tuple[int, int]) -> bool:
+    try:
+        return hf_name(adapter, fqn, out_features=shape[0], in_features=shape[1]) in peft.factors
+    except ValueError:
+        return False
+
+
+def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "") -> PeftAdapter:
+    """The adapters of a step folder in Hugging Face's names, without a run.
+
+    Args:
+        models: The host's.
+        base: For `base_model_name_or_path`; the run's own base if left out.
+
+    Raises:
+        ValueError: It is no complete step folder of a LoRA run, damaged, or holds adapters that PEFT has no form for.
+    """
+    described = Description.read(path)
+    if described is None:
+        raise ValueError(f"{path} is no complete step folder of a LoRA run: it has no {DESCRIPTION}.")
+    metadata = read_metadata(path)
+    try:
+        model, adapter = models(described.model, described.flavor)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+    stored, linears = metadata.state_dict_metadata, linear_shapes(model)
+    _, foreign = adapters_in(metadata, [LoRALinear], model.state_dict())
+    if foreign:
+        raise ValueError(f"{path}: PEFT has no form for {', '.join(foreign)}.")
+    config = LoRAConfig(**described.lora)
+    targets = [fqn for fqn in modules_of(stored, [LoRALinear]) if fqn in linears]
+    if not targets:
+        raise ValueError(f"{path} is damaged: no adapter is not what {DESCRIPTION} says.")
+    adapted = apply_lora(model, replace(config, target_modules=targets, exclude_modules=[]))
+    params = adapter_parameters(model)
+    wrong = [name for name, param in params.items() if getattr(stored.get(name), "size", None) != param.shape]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} is not what {DESCRIPTION} says.")
+    state_dict = {name: torch.empty(param.shape) for name, param in params.items()}
+    load_dcp(state_dict, path, metadata, no_dist=True)
+    return to_peft(
+        adapter,
+        state_dict,
+        {weight: names for linear in adapted for weight, names in linear.peft_names().items()},
+        linears,
+        config,
+        base_model=base or described.base,
+        base_fingerprint=described.base_fingerprint,
+    )

@@ -1,0 +1,188 @@
+"""A LoRA run on a host's trainer: what it starts from, what its steps hold, how its adapters do, what it leaves.
+
+    base      from its source, at every start
+    step-N    adapters, optimizer, scheduler, data loader and train state; no base weight
+    resume    base from its source + step-N
+    export    the last step, as a PEFT directory
+    merged-N  beside it, the whole model as a Hugging Face directory
+
+A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lora_converter.hf.bridge import to_peft
+from lora_converter.hf.peft_directory import is_peft_directory, save_peft
+from lora_converter.merge import merge_directories
+from lora_converter.ranks import agreed, is_first_rank, together
+from lora_converter.run.dropout import DropoutSeeds
+from lora_converter.run.faults import FaultWatch
+from lora_converter.run.host import Host
+from lora_converter.run.model import RunModel
+from lora_converter.run.sources import (
+    AdapterSource,
+    BaseSource,
+    PeftSource,
+    Source,
+    StepSource,
+    check_peft_forms_everywhere,
+)
+from lora_converter.run.steps import Step, discard, newest_step, read_step
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """One run. Its methods are called by the host, on all ranks (see `host.py`).
+
+    Raises:
+        ValueError: The run is to export a PEFT directory, and has adapters that PEFT has no form for.
+    """
+
+    def __init__(self, host: Host):
+        self.host, self.job, self.config = host, host.job, host.job.config
+        self.model = RunModel(host)
+        self.faults = FaultWatch(host.model_parts)
+        host.on_log(self.faults.on_log)
+        self._dropout = DropoutSeeds(host.model_parts, host.data_rank) if self.config.dropout > 0 else None
+        self._merge: Callable[[], None] | None = None
+        if self.job.exports_peft:
+            check_peft_forms_everywhere(self.model)
+
+    @torch.no_grad()
+    def load(self, step: int = -1) -> bool:
+        """Loads the base from its source, then the given or the newest complete step, if there is one.
+
+        Returns:
+            Whether anything was loaded.
+
+        Raises:
+            ValueError: On all ranks, if on one a folder is not there, lacks keys, has other shapes or belongs to
+                another run or base; nothing but the base was loaded then.
+        """
+        found = together(lambda: self._find_step(step))
+        agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
+        sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
+        if found:
+            sources.append(StepSource(self.model, found, self._load_end))
+        elif self.config.initial_adapter_path:
+            sources.append(self._initial_adapter(self.config.initial_adapter_path))
+        for source in sources:
+            source.check()
+        for source in sources:
+            source.load()
+        if self._dropout:
+            self._dropout.continue_after(found.number if found else 0)
+        return bool(sources)
+
+    def after_step(self, step: int, *, saves: bool) -> bool:
+        """Looks at the adapters, before the gradients go; the generator is seeded for the next step.
+
+        Args:
+            saves: The step is to be saved. On all ranks or none.
+
+        Returns:
+            Whether the step may be saved: not if its adapters hold nan or inf.
+        """
+        finite = step == 0 or self.faults.after_step(step, saves=saves)  # step 0 is a seed checkpoint
+        if not finite and saves:
+            logger.error(f"LoRA: step {step} is not saved: its adapters hold nan or inf. Older steps stay.")
+        if self._dropout:
+            self._dropout.continue_after(step)
+        return finite
+
+    def prepare_step(self, path: str) -> None:
+        """Makes room for a step folder and writes its description. Never onto an older step."""
+
+        def make_room() -> None:
+            if is_first_rank():
+                discard(Path(path))
+                self.model.description.write(path)
+
+        together(make_room)
+
+    def export(self, step: int) -> None:
+        """Writes a step as a PEFT directory; what is merged of it follows in `finish`."""
+        self.write_peft(self.step_path(step))
+        self._merge_at_the_end(step)
+
+    @torch.no_grad()
+    def write_peft(self, path: str) -> None:
+        """Writes the adapters as a PEFT directory, on rank 0. The other ranks do not wait for it."""
+        adapter = self.host.state_dict_adapter
+        assert adapter is not None
+        names, linears = self.model.peft_names(), self.model.linear_shapes()
+        state_dict = self.model.gather_adapters()
+        if is_first_rank():
+            peft = to_peft(
+                adapter,
+                state_dict,
+                names,
+                linears,
+                self.config,
+                base_model=self.job.base.path if self.job.base else "",
+                base_fingerprint=self.model.base_fingerprint,
+            )
+            if not is_peft_directory(path):
+                discard(Path(path))
+            save_peft(peft, path, dtype=self.job.export_dtype, replace=True)
+            logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
+
+    def finish(self) -> None:
+        """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""
+        if self._merge is not None:
+            self._merge()
+            self._merge = None
+
+    def step_path(self, step: int) -> str:
+        """The folder of a step."""
+        return os.path.join(self.job.folder, f"step-{step}")
+
+    def _find_step(self, step: int) -> Step | None:
+        if step == -1:
+            loads_state = StepSource.loads_state(self.job)
+            found, skipped = newest_step(self.job.folder, last=self.job.steps, needs_state=loads_state)
+            for problem in skipped:
+                logger.warning(f"LoRA: not resumed from: {problem}.")
+            return found
+        option, path = f"checkpoint.load_step = {step}", self.step_path(step)
+        if not os.path.isdir(path):
+            raise ValueError(f"{option}: there is no {path}. Leave it at -1 for the newest step.")
+        try:
+            return read_step(step, Path(path))
+        except ValueError as e:
+            raise ValueError(f"{option}: {e}") from None
+
+    def _initial_adapter(self, path: str) -> Source:
+        if agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
+            return PeftSource(self.model, path)
+        return AdapterSource(self.model, path)
+
+    def _load_end(self, step: int) -> None:
+        """A run that is over, launched once more."""
+        self.host.end_at(step)
+        logger.info(f"LoRA: the run ended at step {step}; there is nothing left to train.")
+        if not os.path.isdir(self._merged_path(step)):
+            self._merge_at_the_end(step)
+
+    def _merged_path(self, step: int) -> str:
+        # Not step-N-merged: torchtitan takes any name with "step-" in it for a checkpoint of its own.
+        return os.path.join(self.job.folder, f"merged-{step}")
+
+    def _merge_at_the_end(self, step: int) -> None:
+        base = self.job.base
+        if not self.config.save_merged or base is None or not is_first_rank():
+            return
+
+        def merge() -> None:
+            output = self._merged_path(step)
+            logger.info(f"LoRA: merging into {output}.")
+            merge_directories(base.path, self.step_path(step), output, replace=True)
+            logger.info(f"LoRA: wrote the merged model to {output}.")
+
+        self._merge = merge

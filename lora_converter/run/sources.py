@@ -1,0 +1,247 @@
+"""Where a run's values come from. Each source has one shape: `check` everything that does not fit, then `load`.
+
+    BaseSource       the frozen weights, from a DCP or a Hugging Face folder
+    StepSource       a step of this run: adapters, optimizer, ...
+    AdapterSource    another run's step folder: its adapters alone
+    PeftSource       a PEFT directory
+
+All checks of all sources come before the first load. They are collectives: all ranks raise, or none.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from lora_converter.adapted import check_peft_forms, copy_full_
+from lora_converter.dcp.folder import agreed_metadata, check_fits, stored_in
+from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.dcp.states import ModelSubset
+from lora_converter.hf.base import HuggingFaceBase
+from lora_converter.hf.bridge import from_peft
+from lora_converter.ranks import agreed, together
+from lora_converter.run.description import (
+    DESCRIPTION,
+    MODEL,
+    PARTS,
+    Description,
+    adapters_in,
+    check_same_base,
+    check_same_run,
+)
+from lora_converter.run.job import Job
+from lora_converter.run.model import RunModel
+from lora_converter.run.peft_io import load_peft_everywhere
+from lora_converter.run.steps import Step
+
+logger = logging.getLogger(__name__)
+
+BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
+
+
+class Source(Protocol):
+    """A place that values of a run come from."""
+
+    def check(self) -> None:
+        """Compares it with the model, before anything is loaded.
+
+        Raises:
+            ValueError: On all ranks: everything that does not fit.
+        """
+
+    def load(self) -> None:
+        """Loads what was checked."""
+
+
+class BaseSource:
+    """The frozen weights. What is loaded is known by its fingerprint from then on."""
+
+    def __init__(self, model: RunModel):
+        self._model = model
+        base, adapter = model.host.job.base, model.host.state_dict_adapter
+        assert base is not None
+        self._path = base.path
+        if base.format == "dcp":
+            self._folder: Source = _DcpBase(model.base, base.path)
+        elif adapter is None:
+            raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
+        else:
+            self._folder = HuggingFaceBase(adapter, base.path, model.base, quantized=base.quantized)
+
+    def check(self) -> None:
+        """Compares keys and shapes."""
+        self._folder.check()
+
+    def load(self) -> None:
+        """Loads the base and takes its fingerprint."""
+        logger.info(f"LoRA: loading the base from {self._path}.")
+        self._folder.load()
+        self._model.take_fingerprint()
+
+
+class _DcpBase:
+    def __init__(self, base: ModelSubset, path: str):
+        self._base, self._path = base, path
+
+    def check(self) -> None:
+        hint = "For a Hugging Face folder set checkpoint.initial_load_in_hf = true."
+        self._stored = stored_in(self._path, BASE_OPTION, hint=hint)
+        check_fits(self._base.state_dict(), self._stored, f"The base in {self._path}")
+
+    def load(self) -> None:
+        state_dict = self._base.state_dict()
+        load_dcp(state_dict, self._path, self._stored)
+        self._base.load_state_dict(state_dict)
+
+
+class StepSource:
+    """A step of this run.
+
+    Args:
+        load_end: Called with the step's number where the run is over and the step holds adapters alone.
+    """
+
+    def __init__(self, model: RunModel, step: Step, load_end: Callable[[int], None]):
+        self._model, self._step, self._load_end = model, step, load_end
+        job, number = model.host.job, step.number
+        wants_state = number > 0 and self.loads_state(job)  # step 0 is a seed checkpoint
+        over = number >= job.steps
+        self._lacks_state = wants_state and not over and not step.has_state
+        self._is_end = over and (step.is_peft or (wants_state and not step.has_state))
+        self._model_only = number == 0 or self._is_end
+        self._peft = PeftSource(model, f"{step.path}") if step.is_peft else None
+
+    @staticmethod
+    def loads_state(job: Job) -> bool:
+        """Whether more than the model is read of a step."""
+        return any(part not in job.not_loaded for part in PARTS if part != MODEL)
+
+    def check(self) -> None:
+        """Compares settings, keys and shapes, and whether the base comes from where the step needs it from."""
+        agreed(self._step.is_peft, f"Whether {self._step.path} is a PEFT directory")
+        if self._peft is not None:
+            self._peft.check()
+            return
+        step, job = self._step, self._model.host.job
+        assert step.stored is not None
+        agreed_metadata(step.path, f"checkpoint.load_step = {step.number}", step.digest)
+        self._check_base(step.stored.state_dict_metadata)
+        if self._lacks_state:
+            raise ValueError(
+                f"{step.no_state}. To train on from its adapters, name it as lora.initial_adapter_path in a new "
+                "job.dump_folder, or resume an earlier step with checkpoint.load_step."
+            )
+        self._base_fingerprint = ""
+        if MODEL not in job.not_loaded:
+            self._base_fingerprint = _check_same_run(self._model, step)
+            check_fits(self._model.stored.state_dict(), step.stored, f"{step.path}")
+
+    def _check_base(self, names: Mapping[str, Any]) -> None:
+        source, path = self._model.host.job.base, self._step.path
+        stores_base = any(name in names for name in self._model.base.state_dict())
+        if source and stores_base:
+            raise ValueError(
+                f"{path} stores a base of its own (its run had no checkpoint.initial_load_path), but "
+                f"{source.path} is given as base. Resume without a base source, or use another job.dump_folder."
+            )
+        if not source and not stores_base:
+            raise ValueError(
+                f"{path} holds adapters only. Set checkpoint.initial_load_path to the base they were trained on."
+            )
+
+    def load(self) -> None:
+        """Loads what is to be loaded of the step."""
+        if self._peft is not None:
+            self._peft.load()
+        else:
+            path, stored = self._step.path, self._step.stored
+            assert stored is not None
+            _check_same_base(self._model, f"{path}", self._base_fingerprint)
+            logger.info(f"LoRA: resuming from {path}.")
+            states, model = self._states(), self._model.stored
+            load_dcp(states, path, stored)
+            if self._model_only or MODEL not in self._model.host.job.not_loaded:
+                model.load_state_dict({name: states[name] for name in model.state_dict()})
+        if self._is_end:
+            self._load_end(self._step.number)
+
+    def _states(self) -> dict[str, Any]:
+        host = self._model.host
+        model = self._model.stored.state_dict()
+        if self._model_only:
+            return model
+        wanted = {name: state for name, state in host.states.items() if name not in host.job.not_loaded}
+        return wanted if MODEL in host.job.not_loaded else {**wanted, **model}
+
+
+class AdapterSource:
+    """The adapters of another run's step folder."""
+
+    def __init__(self, model: RunModel, path: str):
+        self._model, self._path = model, path
+
+    def check(self) -> None:
+        """Compares settings, keys and shapes."""
+        hint = "It has no adapter_config.json either, so it is no PEFT directory."
+        stored = stored_in(self._path, ADAPTER_OPTION, hint=hint)
+        description = together(lambda: Description.read(self._path))
+        self._step = Step(0, Path(self._path), stored, description=description)
+        self._base_fingerprint = _check_same_run(self._model, self._step)
+        check_fits(self._model.adapters.state_dict(), stored, f"{ADAPTER_OPTION}: {self._path}")
+
+    def load(self) -> None:
+        """Loads the adapters alone."""
+        assert self._step.stored is not None
+        _check_same_base(self._model, self._path, self._base_fingerprint)
+        logger.info(f"LoRA: starting from the adapters in {self._path}.")
+        state_dict = self._model.adapters.state_dict()
+        load_dcp(state_dict, self._path, self._step.stored)
+        self._model.adapters.load_state_dict(state_dict)
+
+
+class PeftSource:
+    """A PEFT directory."""
+
+    def __init__(self, model: RunModel, path: str):
+        self._model, self._path = model, path
+
+    def check(self) -> None:
+        """Compares settings, names and shapes."""
+        model, adapter = self._model, self._model.host.state_dict_adapter
+        assert adapter is not None
+        check_peft_forms_everywhere(model)
+        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path)
+        description = model.description
+        there = replace(description, lora={"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora})
+        check_same_run(self._path, there, description, there=adapted, here=adapted)
+        names, linears = model.peft_names(), model.linear_shapes()
+        self._state_dict = from_peft(adapter, peft, names, linears, what=self._path)
+        self._base_fingerprint = peft.base_fingerprint
+
+    def load(self) -> None:
+        """Copies each rank's part."""
+        _check_same_base(self._model, self._path, self._base_fingerprint)
+        logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
+        for name, param in self._model.adapters.state_dict().items():
+            copy_full_(param, self._state_dict[name])
+
+
+def check_peft_forms_everywhere(model: RunModel) -> None:
+    """Refuses a run with adapters that PEFT has no form for, on all ranks."""
+    together(lambda: check_peft_forms(model.adapted))
+
+
+def _check_same_run(model: RunModel, step: Step) -> str:
+    """Refuses a step of another run. Returns the fingerprint of its base."""
+    assert step.stored is not None
+    described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
+    there, foreign = adapters_in(step.stored, model.kinds, model.base_names())
+    here = model.adapted_fqns()
+    return check_same_run(f"{step.path}", described, model.description, there=there, here=here, foreign=foreign)
+
+
+def _check_same_base(model: RunModel, path: str, recorded: str) -> None:
+    job = model.host.job
+    source = job.base.path if job.base else "None"
+    check_same_base(path, recorded, source, model.base_fingerprint, accept=job.config.accept_other_base)

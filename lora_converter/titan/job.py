@@ -1,0 +1,44 @@
+"""torchtitan's job config as a `Job`: what a LoRA run needs of it."""
+
+import os
+from typing import Any
+
+from torchtitan.config import TORCH_DTYPE_MAP
+
+from lora_converter.run.job import Base, Job
+
+FULL_PHASE_FOLDER = "_full_phase"
+"""Added to the names of the folders of phase 1."""
+
+
+def job_of(job_config: Any) -> Job:
+    """The job that a job config describes."""
+    model, checkpoint = job_config.model, job_config.checkpoint
+    return Job(
+        model=model.name,
+        flavor=model.flavor,
+        config=job_config.lora,
+        seed=job_config.debug.seed or 0,
+        steps=job_config.training.steps,
+        folder=os.path.join(job_config.job.dump_folder, checkpoint.folder),
+        base=base_of(job_config),
+        exports_peft=checkpoint.enable and checkpoint.last_save_in_hf,
+        export_dtype=TORCH_DTYPE_MAP[checkpoint.export_dtype],
+        not_loaded=tuple(name for name in checkpoint.exclude_from_loading if name),
+    )
+
+
+def base_of(job_config: Any) -> Base | None:
+    """Where the base comes from: `checkpoint.initial_load_path`, or a Hugging Face `model.hf_assets_path`."""
+    checkpoint = job_config.checkpoint
+    in_hf = checkpoint.initial_load_in_hf
+    path = checkpoint.initial_load_path or (job_config.model.hf_assets_path if in_hf else None)
+    if not path:
+        return None
+    return Base(path, "hf" if in_hf else "dcp", quantized=checkpoint.initial_load_in_hf_quantized)
+
+
+def full_phase_result(job_config: Any) -> str:
+    """The folder of the last checkpoint of phase 1, the base of phase 2."""
+    folder = job_config.checkpoint.folder + FULL_PHASE_FOLDER
+    return os.path.join(job_config.job.dump_folder, folder, f"step-{job_config.lora.full_phase.steps}")

@@ -1,0 +1,142 @@
+"""Jobs whose ranks are forked from a process that has imported everything: a launch takes a second, and can be killed.
+
+What runs in a rank is `python -m lora_converter.train`, from its first line on. The model flavor "torture" is a tiny
+Llama.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver as forkserver
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest import mock
+
+HERE = str(Path(__file__).resolve().parent)
+ROOT = Path(HERE).parents[1]
+
+_FORK = multiprocessing.get_context("forkserver")
+_FORK.set_forkserver_preload(["forked_job_imports"])
+
+SMALL = (
+    "--model.flavor=torture",
+    f"--model.hf_assets_path={ROOT}/tests/assets/tokenizer",
+    f"--training.dataset_path={ROOT}/tests/assets/c4_test",
+    "--training.seq_len=64",
+    "--debug.seed=11",
+)
+"""Options that make a debug job a small one."""
+
+
+class ForkedJob:
+    """A job that is launched, killed and launched again.
+
+    Args:
+        folder: Its dump folder; logs go there too.
+        config: TOML file.
+        options: Command line.
+    """
+
+    def __init__(self, folder: Path, ranks: int, config: str, options: Sequence[str]):
+        self.folder, self.ranks, self._launches = folder, ranks, 0
+        self.arguments = ["--job.config_file", str(ROOT / "configs" / config), *SMALL, *options]
+        self.arguments.append(f"--job.dump_folder={folder}")
+
+    def launch(self) -> None:
+        """Starts the ranks."""
+        # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
+        with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
+            forkserver.ensure_running()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._launches += 1
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        self._processes = [
+            _FORK.Process(target=_run_rank, args=(rank, self.ranks, port, self.arguments, str(self._log(rank))))
+            for rank in range(self.ranks)
+        ]
+        for process in self._processes:
+            process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of rank 0."""
+        return self._processes[0].pid  # type: ignore[return-value]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a rank has ended badly, or was killed."""
+        return any(process.exitcode for process in self._processes)
+
+    def kill(self) -> None:
+        """SIGKILL to all ranks."""
+        for process in self._processes:
+            process.kill()
+        self._join()
+
+    def run(self) -> None:
+        """Launches and waits for a good end.
+
+        Raises:
+            RuntimeError: A rank failed; with the end of its log.
+        """
+        self.launch()
+        self.end()
+
+    def end(self) -> None:
+        """Waits for a good end.
+
+        Raises:
+            RuntimeError: A rank failed; with the end of its log.
+        """
+        for rank, process in enumerate(self._processes):
+            process.join()
+            if process.exitcode:
+                self.kill()
+                raise RuntimeError(f"Rank {rank} failed:\n{self._log(rank).read_text()[-3000:]}")
+
+    def wait(self, reached: Callable[[str], bool]) -> bool:
+        """Waits until rank 0's log has got somewhere; False if the job has ended before."""
+        while not reached(self.text()):
+            if not any(process.is_alive() for process in self._processes):
+                return False
+            time.sleep(0.002)
+        return True
+
+    def text(self) -> str:
+        """What rank 0 has logged in this launch."""
+        path = self._log(0)
+        return path.read_text() if path.exists() else ""
+
+    def trained_to(self) -> int:
+        """The last step that rank 0 has logged in this launch; 0 if none."""
+        return max((int(number) for number in re.findall(r"step: +(\d+)", self.text())), default=0)
+
+    def _join(self) -> None:
+        for process in self._processes:
+            process.join()
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"launch-{self._launches}.rank-{rank}.log"
+
+
+def make_base(folder: Path, *options: str) -> Path:
+    """A base for other jobs, with random weights: the DCP folder."""
+    ForkedJob(folder, 1, "debug_base.toml", ["--training.steps=1", "--checkpoint.interval=1", *options]).run()
+    return folder / "checkpoint" / "step-1"
+
+
+def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}", OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    sys.argv = ["train", *arguments]
+    from forked_job_imports import main
+
+    main()

@@ -1,0 +1,93 @@
+"""README and docs: their Python runs and prints what it says, their TOML parses, their links lead somewhere."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import ConfigManager
+
+ROOT = Path(__file__).parents[2]
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+
+
+def blocks(language: str) -> dict[str, list[str]]:
+    """Page -> its code blocks of a language."""
+    found = {page: re.findall(rf"```{language}\n(.*?)```", text, re.S) for page, text in PAGES.items()}
+    return {page: texts for page, texts in found.items() if texts}
+
+
+@pytest.mark.parametrize("page", blocks("python"))
+def test_the_snippets_of_a_page_run_one_after_the_other_and_print_what_their_comments_say(page: str) -> None:
+    namespace: dict[str, object] = {}
+    for block in blocks("python")[page]:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(block, namespace)
+        promised = [a or b for a, b in re.findall(r"^print\(.*\n# (.*)|^print\(.*?\)  +# (.*)", block, re.M)]
+        assert printed.getvalue().splitlines() == promised
+
+
+def test_python_is_shown_in_the_readme_and_on_the_librarys_page() -> None:
+    assert len(blocks("python")["README.md"]) == 1 and len(blocks("python")["docs/library.md"]) >= 3
+
+
+def test_the_toml_blocks_are_jobs_that_parse(tmp_path: Path) -> None:
+    found = blocks("toml")
+    assert {page: len(texts) for page, texts in found.items()} == {"README.md": 1, "docs/two_phases.md": 1}
+    config = parse_toml(tmp_path, found["README.md"][0])
+    assert (config.lora.rank, config.checkpoint.initial_load_in_hf, config.model.converters) == (16, True, ["lora"])
+    lines = '[job]\ncustom_config_module = "lora_converter.titan"\n' + found["docs/two_phases.md"][0]
+    phase = parse_toml(tmp_path, lines).lora.full_phase
+    assert (phase.steps, phase.lr, phase.dataset, phase.dataset_path) == (1000, 1e-5, "c4", "")
+
+
+def parse_toml(folder: Path, text: str) -> Any:
+    (folder / "job.toml").write_text(text)
+    return ConfigManager().parse_args(["--job.config_file", str(folder / "job.toml")])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_to_a_file_leads_to_one(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)|^\[\w+\]: (\S+)", PAGES[page], re.M)
+    files = [link for pair in links for link in pair if link and not link.startswith("http")]
+    folder = (ROOT / page).parent
+    assert files and [link for link in files if not (folder / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_a_command_names_is_there(page: str) -> None:
+    named = set(re.findall(r"\b(?:tests|scripts|configs|examples|docs)/[\w./-]+\.(?:py|toml|sh|md)\b", PAGES[page]))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    reached, todo = set(), ["README.md"]
+    while todo:
+        page = todo.pop()
+        reached.add(page)
+        for link in re.findall(r"\]\(([\w./]+\.md)(?:#\w+)?\)", PAGES[page]):
+            other = (ROOT / page).parent.joinpath(link).resolve().relative_to(ROOT).as_posix()
+            if other in PAGES and other not in reached:
+                todo.append(other)
+    assert reached == PAGES.keys()
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_every_message_of_the_table_is_asserted_in_the_test_behind_it() -> None:
+    messages = re.findall(r"\[`(.+?)`\]\(\.\./(tests/\S+?)\)", PAGES["docs/errors.md"])
+    assert len(messages) > 25
+    for message, file in messages:
+        source = re.sub(r'"\s*\n\s*[rf]*"', "", (ROOT / file).read_text())  # strings over several lines
+        assert message in source.replace("\\", ""), (message, file)
+
+
+def test_the_clusters_commands_have_the_flags_of_the_test_with_two_agents() -> None:
+    flags = set(re.findall(r"--(?:nnodes|nproc_per_node|rdzv_\w+)", PAGES["docs/cluster.md"]))
+    tested = (ROOT / "tests" / "integration" / "test_multinode.py").read_text()
+    assert flags == set(re.findall(r"--(?:nnodes|nproc_per_node|rdzv_\w+)", tested)) and len(flags) == 5
