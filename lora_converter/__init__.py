@@ -4,17 +4,7 @@ Importing this package does not import torchtitan; `lora_converter.titan` does.
 """
 
 from lora_converter.adapted import adapter_parameters
-from lora_converter.adapters import (
-    ParameterCount,
-    apply_lora,
-    count_parameters,
-    disable_adapter,
-    freeze_base,
-    merge_adapter,
-    merge_and_unload,
-    reset_adapters,
-    unmerge_adapter,
-)
+from lora_converter.adapters import ParameterCount, apply_lora, count_parameters, freeze_base, reset_adapters
 from lora_converter.config import LoRAConfig
 from lora_converter.linear import LoRALinear
 from lora_converter.state_dict import (
@@ -22,6 +12,13 @@ from lora_converter.state_dict import (
     adapter_state_dict,
     load_adapter_state_dict,
     split_state_dict,
+)
+from lora_converter.switching import (
+    disable_adapter,
+    merge_adapter,
+    merge_and_unload,
+    unload_adapter,
+    unmerge_adapter,
 )
 
 __all__ = [
@@ -40,5 +37,6 @@ __all__ = [
     "merge_and_unload",
     "reset_adapters",
     "split_state_dict",
+    "unload_adapter",
     "unmerge_adapter",
 ]

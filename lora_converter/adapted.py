@@ -6,7 +6,6 @@ what they add to the base weights, and what PEFT calls them. Selection, freezing
 merging, fingerprints and sums of gradients ask for nothing else.
 """
 
-import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
@@ -15,9 +14,10 @@ import torch
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_converter.config import LoRAConfig
+from lora_converter.swap import check_forward_is_called, follow_hook, new_instance, recipe_of, subclass_with, swap_class
+from lora_converter.tensors import local_part, shard_like
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -86,14 +86,34 @@ class AdaptedModule(nn.Module):
         """Whether the forward has to compute an update: neither merged nor disabled."""
         return self.lora_enabled and self.lora_unmerged is None
 
+    def merged_names(self) -> list[str]:
+        """The base weights that the adapter adds to."""
+        return list(self.delta_weights())
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, torch.Tensor]:
+        """Base weight -> what it is with its update, in fp32 and rounded once to its own dtype; sharded as it is.
+
+        Raises:
+            ValueError: A weight is quantized, or the result is not finite.
+        """
+        merged = {}
+        for name, delta in self.delta_weights().items():
+            weight, fqn = self.get_parameter(name), f"{self.lora_fqn}.{name}"
+            if not weight.is_floating_point():
+                raise ValueError(f"{fqn} is quantized ({weight.dtype}): an update cannot be merged into it.")
+            merged[name] = (weight.float() + shard_like(delta, weight)).to(weight.dtype)
+            if not local_part(merged[name]).isfinite().all():
+                raise ValueError(f"{fqn} would hold nan or inf in {weight.dtype} with its update: it is not merged.")
+        return merged
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Adds the updates to the weights, in fp32 and rounded once. The base weights are kept for `unmerge`."""
-        originals = {}
-        for name, delta in self.delta_weights().items():
-            weight = self.get_parameter(name)
-            originals[name] = weight.detach().clone()
-            weight.copy_(weight.float() + shard_like(delta, weight))
+        """Puts `merged_weights` in place. The base weights are kept for `unmerge`."""
+        merged = self.merged_weights()
+        originals = {name: self.get_parameter(name).detach().clone() for name in merged}
+        for name, value in merged.items():
+            self.get_parameter(name).copy_(value)
         self.lora_unmerged = originals
 
     @torch.no_grad()
@@ -112,6 +132,13 @@ class AdaptedModule(nn.Module):
         mro = type(self).mro()
         plain = mro[mro.index(AdaptedModule) + 1]
         self.__class__ = subclass_with(FSDPModule, plain) if isinstance(self, FSDPModule) else plain
+        follow_hook(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For pickle and torch.save, which find classes by name: one that swapping has made is made again."""
+        reduced = super().__reduce_ex__(2)
+        assert isinstance(reduced, tuple)
+        return (new_instance, (recipe_of(type(self)),), *reduced[2:])
 
 
 def adapt(module: nn.Module, kind: type[M], config: LoRAConfig, *, fqn: str, canonical_name: str = "") -> M:
@@ -121,29 +148,18 @@ def adapt(module: nn.Module, kind: type[M], config: LoRAConfig, *, fqn: str, can
         kind: An `AdaptedModule`.
         fqn: The module's name in the whole model.
         canonical_name: Its name on any host; `fqn` if left out.
+
+    Raises:
+        ValueError: See `check_forward_is_called`.
     """
+    check_forward_is_called(fqn, module)
     adapted = swap_class(module, kind)
+    follow_hook(adapted)
     assert isinstance(adapted, AdaptedModule)
     adapted.lora_config, adapted.lora_fqn, adapted.lora_canonical_name = config, fqn, canonical_name or fqn
     # On the instance, since graphs of torch.compile guard on an attribute's place, too.
     adapted.lora_enabled, adapted.lora_unmerged = True, None
     return cast(M, adapted)
-
-
-def swap_class(module: nn.Module, mixin: type[M]) -> M:
-    """Makes `module` an instance of `mixin` as well, in place."""
-    module.__class__ = subclass_with(mixin, type(module))
-    return cast(M, module)
-
-
-def subclass_with(mixin: type, cls: type) -> type:
-    """A class that is both, `mixin` first; one per pair, so that equal modules have equal classes."""
-    return _subclass(mixin, cls)
-
-
-@functools.cache
-def _subclass(mixin: Any, cls: Any) -> type:
-    return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__})
 
 
 def adapted_modules(model: nn.Module) -> Iterator[AdaptedModule]:
@@ -201,9 +217,10 @@ def modules_of(parameters: Iterable[str], kinds: Iterable[type[AdaptedModule]]) 
     return sorted({name.removesuffix(end) for name in parameters for end in endings if name.endswith(end)})
 
 
-def plain_fqn(fqn: str) -> str:
-    """A name without what activation checkpointing and torch.compile put into it."""
-    return fqn.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+def has_stacked_experts(model: nn.Module) -> bool:
+    """Whether a model keeps routed experts in parameters of three dims, (experts, out, in)."""
+    adapters = {id(param) for param in adapter_parameters(model).values()}
+    return any(param.ndim == 3 and id(param) not in adapters for param in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
@@ -211,24 +228,6 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def full_tensor(value: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded; a collective then."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def shard_like(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
-    """A whole tensor in the layout of `param`: this rank's slice of it, without communication."""
-    if isinstance(param, DTensor):
-        return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
-    return full
-
-
-@torch.no_grad()
-def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
-    """Copies the full tensor into `param`: all of it, or this rank's slice of a DTensor, without communication."""
-    param.copy_(shard_like(full, param))
 
 
 def stable_hash(text: str) -> int:

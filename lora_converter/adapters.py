@@ -1,18 +1,21 @@
 """Adapters on a whole model: put them there, freeze the rest, name what trains."""
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 
-from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, adapters_at_rest
+from lora_converter.adapted import adapted_modules, adapter_parameters
 from lora_converter.config import LoRAConfig
-from lora_converter.linear import LoRALinear, add_adapter, is_linear
-from lora_converter.targets import select_targets
+from lora_converter.linear import LoRALinear, add_adapter, linears_of, uncalled_linears
+from lora_converter.swap import check_forward_is_called
+from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ def apply_lora(
     Args:
         model: Any module with linears, `nn.Linear` or transformers' `Conv1D`. No name and no value of it changes.
         seed: With a linear's canonical name, decides the adapter's initial values.
-        dtype: Dtype of the adapters; that of each linear's weight if left out.
+        dtype: Dtype of the adapters, fp32 if left out, whatever the model's: at small rates most steps of AdamW are
+            less than what bf16 can tell apart.
         canonical_name: A linear's name in this model -> its name on any host; the same if left out.
         factor_class: What A and B are made of; a host may need more of them.
 
@@ -53,17 +57,24 @@ def apply_lora(
         The adapted linears, in the model's order.
 
     Raises:
-        ValueError: A pattern matches nothing, nothing is selected, or the model has adapters already. The model is
-            then as it was.
+        ValueError: A pattern matches nothing, nothing is selected, a linear is named that is never called, or the model
+            has adapters already. The model is then as it was.
     """
     if any(True for _ in adapted_modules(model)):
-        raise ValueError("The model has LoRA adapters already: apply_lora once, or load another adapter into them.")
-    linears = {fqn: module for fqn, module in model.named_modules() if is_linear(module)}
-    targets = select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules)
+        raise ValueError(
+            "The model has LoRA adapters already: load another adapter into them, or take them off with unload_adapter."
+        )
+    linears = linears_of(model)
+    targets = _called(
+        model, select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules), config
+    )
+    for fqn in targets:
+        check_forward_is_called(fqn, linears[fqn])
+    configs = configs_of(config, targets)
     adapted = [
         add_adapter(
             linears[fqn],
-            config,
+            configs[fqn],
             fqn=fqn,
             canonical_name=canonical_name(fqn),
             dtype=dtype,
@@ -76,6 +87,41 @@ def apply_lora(
         if not linear.weight.is_meta:
             linear.reset_adapter(seed)
     return adapted
+
+
+def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[str]:
+    """The selected linears without those that are never called, which nobody may name.
+
+    Raises:
+        ValueError: One is named, or none is left.
+    """
+    uncalled = {fqn: reader for fqn, reader in uncalled_linears(model).items() if fqn in targets}
+    named = [p for p in config.target_modules if p != ALL_LINEAR and any(matches(p, fqn) for fqn in uncalled)]
+    left = [fqn for fqn in targets if fqn not in uncalled]
+    shown = ", ".join(f"{fqn} ({reader})" for fqn, reader in uncalled.items())
+    if named or not left:
+        raise ValueError(
+            f"lora.target_modules = {config.target_modules}: the weights of {shown} are read without calling the "
+            "linear, so that an adapter would do nothing. Name other linears, or add them to exclude_modules."
+        )
+    if uncalled:
+        logger.info(f"LoRA: left out, since their weights are read without calling them: {shown}.")
+    return left
+
+
+def configs_of(config: LoRAConfig, fqns: Sequence[str]) -> dict[str, LoRAConfig]:
+    """Name of an adapted linear -> its own settings: the rank and alpha that the patterns give it.
+
+    Raises:
+        ValueError: A pattern matches none of `fqns`, or two disagree.
+    """
+    ranks = look_up("lora.rank_pattern", config.rank_pattern, fqns, config.rank)
+    alphas = look_up("lora.alpha_pattern", config.alpha_pattern, fqns, config.alpha)
+    each = {
+        pair: config.of_one(rank=pair[0], alpha=pair[1])
+        for pair in {*zip(ranks.values(), alphas.values(), strict=True)}
+    }
+    return {fqn: each[ranks[fqn], alphas[fqn]] for fqn in fqns}
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -101,79 +147,3 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         adapted=kinds.total(),
         kinds=dict(kinds),
     )
-
-
-def merge_adapter(model: nn.Module) -> None:
-    """Adds every adapter's update to its base weight, in place, under any layout; the forward then costs the base's.
-
-    Weights that are sharded stay sharded: only the factors, rank-sized, are gathered. Call it on all ranks, between
-    steps. The base weights are kept, so it takes their memory once more.
-
-    Raises:
-        ValueError: The model has no adapters, or they are merged already.
-    """
-    adapted = adapters_at_rest(model)
-    if merged := _merged(adapted):
-        raise ValueError(f"{len(merged)} adapters are merged already, {merged[0]} among them: unmerge_adapter first.")
-    for module in adapted:
-        module.merge()
-
-
-def unmerge_adapter(model: nn.Module) -> None:
-    """Takes `merge_adapter` back: base weights and adapters are bit for bit what they were.
-
-    Raises:
-        ValueError: The model has no adapters, or they are not merged.
-    """
-    adapted = adapters_at_rest(model)
-    if apart := [module.lora_fqn for module in adapted if module.lora_unmerged is None]:
-        raise ValueError(f"{len(apart)} adapters are not merged, {apart[0]} among them: merge_adapter first.")
-    for module in adapted:
-        module.unmerge()
-
-
-def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Merges for good: the adapted modules are plain again, of the class that they were, with the updated weights.
-
-    Call it on all ranks, and not in the middle of a training: optimizers and FSDP2 keep what they know of the factors.
-
-    Returns:
-        `model`, which is changed in place.
-
-    Raises:
-        ValueError: The model has no adapters.
-    """
-    for module in adapters_at_rest(model):
-        if module.lora_unmerged is None:
-            module.merge()
-        module.unload()
-    return model
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """While it is entered the model computes what its base does, bit for bit: a reference model that costs no memory.
-
-    It may be entered again inside itself, and an exception leaves it as the end does. A compiled model has a graph for
-    either state.
-
-    Raises:
-        ValueError: The model has no adapters, or they are merged.
-    """
-    adapted = list(adapted_modules(model))
-    if not adapted:
-        raise ValueError("The model has no LoRA adapters.")
-    if merged := _merged(adapted):
-        raise ValueError(f"{len(merged)} adapters are merged, {merged[0]} among them: unmerge_adapter first.")
-    before = [module.lora_enabled for module in adapted]
-    for module in adapted:
-        module.lora_enabled = False
-    try:
-        yield
-    finally:
-        for module, enabled in zip(adapted, before, strict=True):
-            module.lora_enabled = enabled
-
-
-def _merged(adapted: list[AdaptedModule]) -> list[str]:
-    return [module.lora_fqn for module in adapted if module.lora_unmerged is not None]

@@ -8,6 +8,7 @@ torchtitan merges job configs by `dataclasses.Field.type`.
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -15,7 +16,7 @@ class LoRAConfig:
     """Low-rank adapters on the linears of a frozen model (Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     Raises:
-        ValueError: A field is out of its range.
+        ValueError: A field is of another type, or out of its range.
     """
 
     rank: int = 16
@@ -40,26 +41,60 @@ class LoRAConfig:
     exclude_modules: list[str] = field(default_factory=list)
     """Linears that get none although target_modules names them. Same patterns; every one must match something."""
 
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """
+    Linears with another rank: a table from a pattern, as in target_modules, to a rank. Each must match an adapted
+    linear, and no two may give one linear different ranks.
+    """
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Linears with another alpha, in the same way."""
+
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise ValueError(f"lora.rank = {self.rank!r}: must be an integer of at least 1.")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha = {self.alpha!r}: must be a finite number above 0.")
-        if not 0 <= self.dropout < 1:
+        _check_rank("lora.rank", self.rank)
+        _check_alpha("lora.alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
+        if not isinstance(self.use_rslora, bool):
+            raise ValueError(f"lora.use_rslora = {self.use_rslora!r}: must be true or false.")
         for name in ("target_modules", "exclude_modules"):
             patterns = getattr(self, name)
-            if isinstance(patterns, str) or not all(isinstance(p, str) and p for p in patterns):
+            if not isinstance(patterns, list) or not all(isinstance(p, str) and p for p in patterns):
                 raise ValueError(f"lora.{name} = {patterns!r}: must be a list of non-empty strings.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one linear, or use 'all-linear'.")
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            table = getattr(self, name)
+            if not isinstance(table, dict) or not all(isinstance(p, str) and p for p in table):
+                raise ValueError(f"lora.{name} = {table!r}: must be a table from patterns to numbers.")
+            for pattern, value in table.items():
+                check(f"lora.{name}[{pattern!r}]", value)
 
     @property
     def scaling(self) -> float:
         """Factor of the update B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
         return scaling(self.rank, self.alpha, self.use_rslora)
 
+    def of_one(self, *, rank: int, alpha: float) -> "LoRAConfig":
+        """The settings of a single adapted module, for which the patterns have been looked up."""
+        own = {name: getattr(self, name) for name in ("dropout", "use_rslora", "target_modules", "exclude_modules")}
+        return LoRAConfig(rank=rank, alpha=alpha, **own)
+
 
 def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA."""
+    """alpha / rank, or alpha / √rank for rank-stabilised LoRA."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_rank(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{option} = {value!r}: must be an integer of at least 1.")
+
+
+def _check_alpha(option: str, value: Any) -> None:
+    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{option} = {value!r}: must be a finite number above 0.")

@@ -14,7 +14,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import adapter_parameters, plain_fqn, reshard
+from lora_converter.adapted import adapter_parameters, reshard
+from lora_converter.names import plain_parameters
+from lora_converter.tensors import local_part
 
 _ELEMENTS_AT_A_TIME = 2**20
 """Few enough for a CPU's cache, and for their squares, of 30 bits, to add up exactly in the 53 bits of a float64."""
@@ -46,12 +48,12 @@ def base_sums(model: nn.Module, *, canonical_name: Callable[[str], str] = str) -
     """
     reshard(model)
     adapters = {id(param) for param in adapter_parameters(model).values()}
-    base = {name: param for name, param in model.named_parameters() if id(param) not in adapters}
+    base = {name: param for name, param in plain_parameters(model) if id(param) not in adapters}
     if not base:
         return {}
-    sums = torch.stack([_sums(param.to_local() if isinstance(param, DTensor) else param) for param in base.values()])
+    sums = torch.stack([_sums(local_part(param)) for param in base.values()])
     _complete(sums, list(base.values()))
-    names = [f"{canonical_name(plain_fqn(name))}{tuple(param.shape)}" for name, param in base.items()]
+    names = [f"{canonical_name(name)}{tuple(param.shape)}" for name, param in base.items()]
     return {name: (int(total), int(squares)) for name, (total, squares) in zip(names, sums.tolist(), strict=True)}
 
 

@@ -20,6 +20,11 @@ class Misfit:
         if there != here:
             self.misshapen.append(f"{name} is {there} there and {here} in the model")
 
+    def compare_number(self, name: str, there: float, here: float) -> None:
+        """Notes a setting that is not the model's."""
+        if there != here:
+            self.misshapen.append(f"{name} is {there} there and {here} in the model")
+
     def raise_if_any(self, what: str, *, words: Mapping[str, str], hint: str = "") -> None:
         """One error with every misfit by name.
 

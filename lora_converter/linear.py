@@ -19,17 +19,12 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import AdaptedModule, adapt, copy_full_, full_tensor, plain_fqn, stable_hash
+from lora_converter.adapted import AdaptedModule, adapt, stable_hash
 from lora_converter.config import LoRAConfig
+from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear, low_rank_update
-from lora_converter.tensor_parallel import (
-    LoRAFactor,
-    local_bias,
-    local_input,
-    local_output,
-    local_part,
-    shard_of_features,
-)
+from lora_converter.tensor_parallel import LoRAFactor, local_bias, local_input, local_output, shard_of_features
+from lora_converter.tensors import copy_full_, full_tensor, local_part
 
 
 class LoRALinear(AdaptedModule):
@@ -132,6 +127,9 @@ class LoRALinear(AdaptedModule):
         a, b = (full_tensor(factor.weight).float() for factor in (self.lora_a, self.lora_b))
         return self.lora_config.scaling * (b @ a)
 
+    def merged_names(self) -> list[str]:
+        return ["weight"]
+
     def delta_weights(self) -> dict[str, torch.Tensor]:
         return {"weight": self.delta_weight().t() if self.lora_transposed else self.delta_weight()}
 
@@ -162,6 +160,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear stores its weight as (in_features, out_features), whatever a file says of it."""
+    return _is_conv1d(module)
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     """By name, so that transformers, whose GPT-2 alone is made of them, need not be imported."""
     return any(f"{cls.__module__}.{cls.__name__}" == "transformers.pytorch_utils.Conv1D" for cls in type(module).mro())
@@ -182,7 +185,7 @@ def add_adapter(
         linear: Any `nn.Linear`, or transformers' `Conv1D`, on any device, meta included.
         fqn: Its name in the whole model.
         canonical_name: Its name on any host; `fqn` if left out.
-        dtype: Dtype of the factors; the weight's if left out.
+        dtype: Dtype of the factors; fp32 if left out, or the weight's if that is wider.
         factor_class: What A and B are made of; a host may need more of them.
     """
     transposed = _is_conv1d(linear)
@@ -190,16 +193,41 @@ def add_adapter(
     if transposed:
         adapted.lora_transposed = True
         adapted.in_features, adapted.out_features = adapted.weight.shape
-    like = torch.empty(0, device=adapted.weight.device, dtype=dtype or adapted.weight.dtype)
+    like = torch.empty(
+        0, device=adapted.weight.device, dtype=dtype or torch.promote_types(adapted.weight.dtype, torch.float32)
+    )
     adapted.lora_a = factor_class(adapted.in_features, config.rank, rank_dim=0, like=like)
     adapted.lora_b = factor_class(config.rank, adapted.out_features, rank_dim=1, like=like)
     return adapted
 
 
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Plain name -> module of all linears of a model but the adapters' own."""
+    return {
+        fqn: module for fqn, module in plain_modules(model) if is_linear(module) and not isinstance(module, LoRAFactor)
+    }
+
+
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Plain name -> (out_features, in_features) of all linears of a model but the adapters' own."""
     return {
-        plain_fqn(fqn): (module.out_features, module.in_features)
-        for fqn, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, LoRAFactor)
+        fqn: (module.out_features, module.in_features)
+        for fqn, module in linears_of(model).items()
+        if isinstance(module, nn.Linear)
     }
+
+
+def uncalled_linears(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight is read and which are not called, so that an adapter on them would do nothing -> by whom."""
+    found: dict[str, str] = {}
+    for fqn, module in plain_modules(model):
+        for cls, names in _READ_WEIGHTS.items():
+            if isinstance(module, cls):
+                found |= {f"{fqn}.{name}" if fqn else name: cls.__name__ for name in names}
+    return found
+
+
+_READ_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in evaluation, on its fast path
+}

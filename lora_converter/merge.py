@@ -1,13 +1,15 @@
 """A Hugging Face base and a PEFT adapter -> the merged model as a Hugging Face directory, without building the model.
 
-Plan, validate, apply: every key and shape of the adapter is looked up in the base's headers before a byte is written.
-Then one shard of the base after the other is read, updated and written, W + s · B A in fp32 and rounded once to the
-weight's own dtype, some rows at a time, so that memory holds the adapter and less than a shard. Names are those of the
-files: any architecture that PEFT's names fit will do. Configuration and tokenizer files are copied. The output appears
-when it is complete.
+Plan, validate, apply: what every key and shape of the adapter means is settled against the base's headers before a byte
+is written (`hf/merge_plan.py`). Then one shard of the base after the other is read, updated and written, W + s · B A in
+fp32 and rounded once to the weight's own dtype, some rows at a time, so that memory holds the adapter and less than a
+shard. What is not finite is not written. Configuration, tokenizer and code files are copied, subfolders too. The output
+appears when it is complete.
 """
 
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +20,21 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from lora_converter.files import appears_complete, read_json
-from lora_converter.hf.folder import FLOATS, read_header, weight_shapes, write_header
-from lora_converter.hf.peft_directory import PeftAdapter, load_peft
+from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
+from lora_converter.hf.merge_plan import MergePlan, plan_merge
+from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.peft_directory import load_peft
+
+logger = logging.getLogger(__name__)
 
 RECORD_FILE = "lora_merge.json"
 """Beside the merged weights, which do not tell what was merged into them."""
 
 _RECORD = {"adapter": str, "base": str, "rank": int, "alpha": float, "scaling": float, "targets": str}
 _ELEMENTS_AT_A_TIME = 2**24
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
+_NOT_COPIED = (".git", ".cache")
 
 
 def merge_directories(
@@ -51,17 +59,21 @@ def merge_directories(
 
     Raises:
         FileExistsError: `output` is there already.
-        ValueError: The base has no safetensors, or the adapter does not fit it; every misfit is named.
+        ValueError: The base is not complete, the adapter does not fit it, or a result is not finite; every misfit is
+            named, and nothing is written.
     """
     base, output = Path(base), Path(output)
     if output.exists() and not (replace and (output / RECORD_FILE).exists()):
         raise FileExistsError(f"{output} exists already. Remove it, or name another directory for the merged model.")
-    peft = load_peft(adapter)
-    shards = _plan(base, peft, adapter)
+    peft, model = load_peft(adapter), open_model(base)
+    peft.check_finite(str(adapter))
+    plan = plan_merge(model, peft, str(adapter))
+    _warn_of_another_base(peft, base)
     with appears_complete(output) as draft:
-        for shard in tqdm(shards, desc="merging", unit="shard"):
-            _merge_shard(shard, draft / shard.name, peft, dtype)
-        _copy_the_rest(base, draft, dtype)
+        for shard in tqdm(model.shards, desc="merging", unit="shard"):
+            _merge_shard(model, shard, draft / shard.name, peft, plan, dtype)
+        _copy_the_rest(base, draft)
+        _describe(model, draft, plan, dtype)
         record = {
             "adapter": str(adapter),
             "base": str(base),
@@ -90,66 +102,115 @@ def read_merge_record(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({e!r}). Remove it to inspect the weights without it.") from None
 
 
-def _plan(base: Path, peft: PeftAdapter, adapter: str | Path) -> list[Path]:
-    """The base's shards, once the adapter is known to fit them."""
-    weights = weight_shapes(base)
-    problems = []
-    for module, (a, b) in peft.factors.items():
-        key, here = f"{module}.weight", [b.shape[0], a.shape[1]]
-        here = here[::-1] if peft.fan_in_fan_out else here
-        if key not in weights:
-            problems.append(f"{key} is not in the base")
-        elif weights[key][1] != here:
-            problems.append(f"{key} is {tuple(weights[key][1])} in the base and {tuple(here)} in the adapter")
-        elif weights[key][2] not in FLOATS.values():
-            problems.append(f"{key} is quantized ({weights[key][2]}); merge into an unquantized copy of the base")
-    if problems:
-        raise ValueError(f"The adapter in {adapter} does not fit the base in {base}: {'; '.join(problems)}.")
-    return sorted({path for path, _, _ in weights.values()})
+def _warn_of_another_base(peft: PeftAdapter, base: Path) -> None:
+    """The adapter's fingerprint is of its trainer's names and not comparable here; names of bases are."""
+    names = [Path(name.rstrip("/")).name.lower() for name in (peft.base_model, str(base.resolve()))]
+    if peft.base_model and names[0] != names[1]:
+        logger.warning("The adapter was made for the base %r, and is merged into %s.", peft.base_model, base)
 
 
-def _merge_shard(source: Path, target: Path, peft: PeftAdapter, dtype: torch.dtype | None) -> None:
+def _merge_shard(
+    model: ModelFolder, source: Path, target: Path, peft: PeftAdapter, plan: MergePlan, dtype: torch.dtype | None
+) -> None:
     """Writes one shard in its own order, some rows at a time: memory holds those rows, not the shard."""
     entries, metadata = read_header(source)
-    written = {name: entry.cast(dtype) if dtype and entry.is_float else entry for name, entry in entries.items()}
+    # What the plan adds stands at the end of the shard that it starts from.
+    origins = {name: name for name in entries if model.weights.get(name, (source,))[0] == source}
+    origins |= {name: origin for name, origin in plan.added.items() if origin in origins}
+    written = {}
+    for name, origin in origins.items():
+        entry = entries[origin]
+        if name in plan.replaced:
+            shape = list(plan.replaced[name].shape)
+            entry = Entry(entry.dtype, shape, entry.nbytes // max(1, entry.shape[0]) * shape[0])
+        written[name] = entry.cast(dtype) if dtype and entry.is_float else entry
     with open(target, "wb") as file:
         write_header(file, written, metadata)
-        for name in entries:
-            for rows in _merged_rows(source, name, peft, dtype):
+        for name, origin in origins.items():
+            for rows in _merged_rows(source, name, origin, peft, plan, dtype):
                 file.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
-def _merged_rows(source: Path, key: str, peft: PeftAdapter, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+def _merged_rows(
+    source: Path, key: str, origin: str, peft: PeftAdapter, plan: MergePlan, dtype: torch.dtype | None
+) -> Iterator[torch.Tensor]:
     """A weight's rows with their update, W + s · B A, in fp32 and rounded once. Other tensors as they are."""
     with safe_open(source, framework="pt") as file:  # opened for each tensor: its pages in memory go with it
-        weight = file.get_tensor(key)
+        weight = file.get_tensor(origin)
+    stored = weight.dtype
+    weight = plan.replaced.get(key, weight)
     if not weight.numel():
         return
-    dtype = dtype if dtype and weight.dtype in FLOATS else weight.dtype
-    module = key.removesuffix(".weight")
-    left, right = peft.delta_factors(module) if module in peft.factors else (None, None)
+    dtype = dtype if dtype and stored in FLOATS else stored
+    update, left, right, factor = plan.updates.get(key), None, None, 0.0
+    if update is not None:
+        left, right = peft.delta_factors(update.module, transposed=update.transposed)
+        factor = peft.scaling_of(update.module)
     matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
     size = max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])
     for start in range(0, matrix.shape[0], size):
         rows = matrix[start : start + size]
         if left is not None and right is not None:
-            rows = rows.float() + peft.scaling * (left[start : start + size] @ right)
-        yield rows.to(dtype)
+            rows = rows.float() + factor * (left[start : start + size] @ right)
+        result = rows.to(dtype)
+        if (update is not None or result.dtype != weight.dtype) and not _stays_finite(rows, result):
+            raise ValueError(
+                f"{key} does not fit into {str(dtype).removeprefix('torch.')}: it would hold nan or inf. Nothing is "
+                "written. Name a wider --dtype, bfloat16 say."
+            )
+        yield result
 
 
-def _copy_the_rest(base: Path, draft: Path, dtype: torch.dtype | None) -> None:
-    for path in base.iterdir():
-        if path.is_file() and not path.name.endswith(_WEIGHTS):  # links too: Hugging Face's cache is made of them
-            shutil.copyfile(path, draft / path.name)
-    if dtype is None:
-        return
-    config, index = draft / "config.json", draft / "model.safetensors.index.json"
-    if config.exists():
-        fields = read_json(config)
-        fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
+def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:
+    """Whether what is finite is so when it is rounded. A base that holds inf itself, in a mask say, keeps it."""
+    if result.dtype not in FLOATS:
+        return True
+    return bool((result.isfinite() | rows.isinf()).all())
+
+
+def _copy_the_rest(base: Path, draft: Path) -> None:
+    """Everything that loading the model may need, but for other weights, adapters and what belongs to tools."""
+    left_out = []
+    for folder, folders, files in os.walk(base):
+        here = Path(folder)
+        for name in [name for name in folders if name in _NOT_COPIED or (here / name).is_symlink()]:
+            folders.remove(name)
+            left_out.append(str((here / name).relative_to(base)) + "/")
+        for name in files:
+            path = here / name
+            is_adapter = name.startswith(("adapter_config.", "adapter_model."))
+            if name.endswith((*_WEIGHTS, *_INDEXES)) or is_adapter or not path.is_file():
+                left_out += [str(path.relative_to(base))] if path not in set(draft.iterdir()) else []
+                continue
+            target = draft / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)  # of a link its file: Hugging Face's cache is made of them
+    merged = {path.name for path in draft.glob("*.safetensors")} | {INDEX_FILE}
+    if unused := sorted(name for name in left_out if name not in merged):
+        logger.info("Not copied into the merged model: %s.", ", ".join(unused))
+
+
+def _describe(model: ModelFolder, draft: Path, plan: MergePlan, dtype: torch.dtype | None) -> None:
+    """config.json and the index, where the merged model differs from the base in what they say."""
+    config, index = draft / "config.json", model.path / INDEX_FILE
+    if model.config and (dtype or plan.untied or plan.vocab_size):
+        fields = dict(model.config)
+        if dtype is not None:
+            fields["torch_dtype" if "torch_dtype" in fields else "dtype"] = str(dtype).removeprefix("torch.")
+        for part in (fields, fields.get("text_config")):
+            if isinstance(part, dict) and plan.untied and (part is fields or "tie_word_embeddings" in part):
+                part["tie_word_embeddings"] = False
+            if isinstance(part, dict) and plan.vocab_size and "vocab_size" in part:
+                part["vocab_size"] = plan.vocab_size
         config.write_text(json.dumps(fields, indent=2) + "\n")
     if index.exists():
         fields = read_json(index)
-        shards = [read_header(path)[0] for path in draft.glob("*.safetensors")]
-        fields.setdefault("metadata", {})["total_size"] = sum(e.nbytes for shard in shards for e in shard.values())
-        index.write_text(json.dumps(fields, indent=2) + "\n")
+        for key, origin in plan.added.items():
+            fields["weight_map"][key] = model.weights[origin][0].name
+        if dtype or plan.added or plan.replaced:
+            headers = [read_header(draft / shard.name)[0] for shard in model.shards]
+            total = sum(entry.nbytes for entries in headers for entry in entries.values())
+            fields["metadata"] = {**(fields.get("metadata") or {}), "total_size": total}
+            (draft / INDEX_FILE).write_text(json.dumps(fields, indent=2) + "\n")
+        else:
+            shutil.copyfile(index, draft / INDEX_FILE)

@@ -8,14 +8,20 @@ directory holds and what is refused stands in `hf/peft_directory.py` and `hf/pef
 """
 
 import math
+from collections import Counter
 
 import torch.nn as nn
 
-from lora_converter.adapted import adapted_modules, check_peft_forms
+from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacked_experts
+from lora_converter.hf.bridge import linears_like_experts
+from lora_converter.hf.merge_plan import is_same_weight
+from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
-from lora_converter.hf.peft_directory import PeftAdapter, is_peft_directory, load_peft, save_peft, update_peft
+from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_peft, update_peft
 from lora_converter.linear import LoRALinear
+from lora_converter.names import plain_parameters
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
+from lora_converter.tensors import full_tensor
 
 __all__ = [
     "CONFIG_FILE",
@@ -37,25 +43,27 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     A collective on sharded models.
 
     Raises:
-        ValueError: The model has no adapters, some that PEFT cannot express, or some on `nn.Linear` and some on
-            `Conv1D`.
+        ValueError: The model has no adapters, or some that PEFT cannot express.
     """
     adapted = list(adapted_modules(model))
     check_peft_forms(adapted)
-    state, configs = adapter_state_dict(model), adapter_configs(model)
-    transposed = {linear.lora_transposed for linear in adapted if isinstance(linear, LoRALinear)}
-    if len(transposed) > 1:
-        raise ValueError("The model has adapters on nn.Linear and on Conv1D; PEFT's fan_in_fan_out is one for all.")
+    state, configs, names = adapter_state_dict(model), adapter_configs(model), _peft_names(model)
+    ranks = Counter(config.rank for config in configs.values())
+    alphas = Counter(config.alpha for config in configs.values())
+    (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
     config = next(iter(configs.values()))
+    as_parameters = linears_like_experts(names) if has_stacked_experts(model) else []
     return PeftAdapter(
-        factors={fqn: (state[a], state[b]) for fqn, (a, b) in sorted(_peft_names(model).items())},
-        rank=config.rank,
-        alpha=config.alpha,
+        factors={fqn: (state[a], state[b]) for fqn, (a, b) in sorted(names.items())},
+        rank=rank,
+        alpha=alpha,
         dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=sorted(configs),
+        target_modules=sorted(names.keys() - set(as_parameters)),
         base_model=base_model,
-        fan_in_fan_out=transposed.pop(),
+        fan_in_fan_out=any(isinstance(module, LoRALinear) and module.lora_transposed for module in adapted),
+        alphas={fqn: own.alpha for fqn, own in configs.items() if own.alpha != alpha},
+        target_parameters=[f"{module}.weight" for module in as_parameters],
     )
 
 
@@ -65,11 +73,17 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     Raises:
         ValueError: Names, shapes or the scaling do not fit; nothing is written.
     """
+    params = dict(plain_parameters(model))
+    copies = adapter.base_weights.items()
+    other = [n for n, copy in copies if n not in params or not is_same_weight(copy, full_tensor(params[n]))]
+    if other:
+        raise ValueError(base_weights_in_training("The adapter", other))
     for fqn, config in adapter_configs(model).items():
-        if not math.isclose(config.scaling, adapter.scaling):
+        if fqn in adapter.factors and not math.isclose(config.scaling, adapter.scaling_of(fqn)):
             raise ValueError(
-                f"The adapter's scaling is {adapter.scaling:g}, that of {fqn} {config.scaling:g}: give apply_lora "
-                f"rank = {adapter.rank}, alpha = {adapter.alpha:g}, use_rslora = {adapter.use_rslora}."
+                f"The adapter's scaling is {adapter.scaling_of(fqn):g}, that of {fqn} {config.scaling:g}: give "
+                f"apply_lora rank = {adapter.rank_of(fqn)}, alpha = {adapter.alpha_of(fqn):g}, "
+                f"use_rslora = {adapter.use_rslora}, or the like in its patterns."
             )
     a, b = LoRALinear.adapter_parameter_names
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)

@@ -10,9 +10,10 @@ from typing import TypeVar
 import torch
 import torch.nn as nn
 
-from lora_converter.adapted import adapted_modules, adapter_parameters, adapters_at_rest, copy_full_, full_tensor
+from lora_converter.adapted import adapted_modules, adapter_parameters, adapters_at_rest
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
+from lora_converter.tensors import copy_full_, full_tensor
 
 T = TypeVar("T")
 

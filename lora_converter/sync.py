@@ -22,12 +22,14 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lora_converter.adapted import plain_fqn, reshard, shard_like
+from lora_converter.adapted import reshard
 from lora_converter.config import scaling
 from lora_converter.files import write_whole
 from lora_converter.fingerprint import base_fingerprint
-from lora_converter.linear import is_linear
+from lora_converter.linear import is_transposed, linears_of
+from lora_converter.shared import check_not_shared
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
+from lora_converter.tensors import local_part, shard_like
 
 _FIELD, _FORMAT = "lora_converter", 1
 
@@ -47,6 +49,10 @@ class Package:
     base: str
     scalings: dict[str, float]
     tensors: dict[str, torch.Tensor]
+
+    def factors(self, fqn: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of an adapted linear."""
+        return self.tensors[f"{fqn}.lora_a.weight"], self.tensors[f"{fqn}.lora_b.weight"]
 
 
 def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None = None) -> bytes:
@@ -151,24 +157,41 @@ class IncrementReceiver(_Receiver):
     @torch.no_grad()
     def _apply(self, package: Package) -> None:
         reshard(self.model)
-        linears = {plain_fqn(fqn): module for fqn, module in self.model.named_modules() if is_linear(module)}
-        updates = {}
-        for fqn, factor in package.scalings.items():
-            names = sorted(name.removeprefix(f"{fqn}.") for name in package.tensors if name.startswith(f"{fqn}."))
-            if names != ["lora_a.weight", "lora_b.weight"]:
-                raise ValueError(f"{fqn} is adapted by {', '.join(names)}, which is no increment of a weight.")
-            a, b = package.tensors[f"{fqn}.lora_a.weight"], package.tensors[f"{fqn}.lora_b.weight"]
-            there = tuple(linears[fqn].weight.shape) if fqn in linears else "no linear of that name"
-            if there != (b.shape[0], a.shape[1]):
-                raise ValueError(f"{fqn} is {(b.shape[0], a.shape[1])} in the package and {there} in the model.")
-            updates[fqn] = (a, b, factor)
-        for fqn in self._originals.keys() - updates.keys():
-            linears[fqn].weight.copy_(self._originals.pop(fqn))
-        for fqn, (a, b, factor) in updates.items():
-            weight = linears[fqn].weight
-            original = self._originals.setdefault(fqn, weight.detach().clone())
-            delta = factor * (b.to(weight.device).float() @ a.to(weight.device).float())
-            weight.copy_(original.float() + shard_like(delta, weight))
+        linears = linears_of(self.model)
+        for fqn in package.scalings:
+            _check_increment(package, fqn, linears.get(fqn))
+        weights = {fqn: linears[fqn].get_parameter("weight") for fqn in {**package.scalings, **self._originals}}
+        check_not_shared(self.model, [f"{fqn}.weight" for fqn in package.scalings])
+        for fqn in package.scalings:
+            if not local_part(self._updated(package, fqn, linears[fqn])).isfinite().all():
+                raise ValueError(f"{fqn}.weight would hold nan or inf with the package's increment.")
+        for fqn in self._originals.keys() - package.scalings.keys():
+            weights[fqn].copy_(self._originals.pop(fqn))
+        for fqn in package.scalings:
+            self._originals.setdefault(fqn, weights[fqn].detach().clone())
+            weights[fqn].copy_(self._updated(package, fqn, linears[fqn]))
+
+    def _updated(self, package: Package, fqn: str, linear: nn.Module) -> torch.Tensor:
+        """A linear's weight with its increment, in fp32 and rounded once; this rank's part."""
+        weight = linear.get_parameter("weight")
+        a, b = (factor.to(weight.device).float() for factor in package.factors(fqn))
+        delta = package.scalings[fqn] * (b @ a)
+        original = self._originals.get(fqn, weight)
+        return (original.float() + shard_like(delta.t() if is_transposed(linear) else delta, weight)).to(weight.dtype)
+
+
+def _check_increment(package: Package, fqn: str, linear: nn.Module | None) -> None:
+    """Refuses what is no increment of a linear's weight, or of another shape."""
+    names = sorted(name.removeprefix(f"{fqn}.") for name in package.tensors if name.startswith(f"{fqn}."))
+    if names != ["lora_a.weight", "lora_b.weight"]:
+        raise ValueError(f"{fqn} is adapted by {', '.join(names)}, which is no increment of a weight.")
+    a, b = package.factors(fqn)
+    there: object = "no linear of that name"
+    if linear is not None:
+        shape = tuple(linear.get_parameter("weight").shape)
+        there = shape[::-1] if is_transposed(linear) else shape
+    if there != (b.shape[0], a.shape[1]):
+        raise ValueError(f"{fqn} is {(b.shape[0], a.shape[1])} in the package and {there} in the model.")
 
 
 def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, group_src: int = 0) -> bytes:

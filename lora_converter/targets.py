@@ -3,10 +3,13 @@
 A selector that matches nothing is a mistake in a file that somebody will pay GPU hours for, so it is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 ALL_LINEAR = "all-linear"
+
+V = TypeVar("V", int, float)
 
 _OUTPUT_HEADS = {"output", "lm_head"}
 _ROUTER_GATES = {"gate", "router"}
@@ -34,19 +37,44 @@ def select_targets(linears: Sequence[str], *, targets: Sequence[str], exclude: S
     return selected
 
 
-def _match_all(option: str, patterns: Sequence[str], linears: Sequence[str]) -> set[str]:
+def look_up(option: str, table: Mapping[str, V], fqns: Sequence[str], default: V) -> dict[str, V]:
+    """The number that a table of patterns gives to each of the adapted linears `fqns`.
+
+    Args:
+        option: `lora.rank_pattern` or `lora.alpha_pattern`, for messages.
+        default: Of linears that no pattern matches.
+
+    Raises:
+        ValueError: A pattern matches none of them, or two give one of them different numbers.
+    """
+    found: dict[str, tuple[str, V]] = {}
+    for pattern, value in table.items():
+        for fqn in _match_all(option, [pattern], fqns, "adapted linear"):
+            other, before = found.setdefault(fqn, (pattern, value))
+            if before != value:
+                raise ValueError(f"{option}: {other!r} gives {fqn} {before}, {pattern!r} gives it {value}. Keep one.")
+    return {fqn: found[fqn][1] if fqn in found else default for fqn in fqns}
+
+
+def _match_all(option: str, patterns: Sequence[str], linears: Sequence[str], what: str = "linear") -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {fqn for fqn in linears if _matches(pattern, fqn)}
+        hits = {fqn for fqn in linears if matches(pattern, fqn)}
         if not hits:
             raise ValueError(
-                f"{option}: {pattern!r} matches no linear of the model; the linears are {_names(linears)}."
+                f"{option}: {pattern!r} matches no {what} of the model; the {what}s are {_names(linears)}."
+                f"{_REGULAR_EXPRESSION * any(c in pattern for c in _ONLY_THERE)}"
             )
         matched |= hits
     return matched
 
 
-def _matches(pattern: str, fqn: str) -> bool:
+_ONLY_THERE = "\\|()^$+"
+_REGULAR_EXPRESSION = " Patterns are names, dotted suffixes and globs, not regular expressions."
+
+
+def matches(pattern: str, fqn: str) -> bool:
+    """Whether a pattern of `[lora]` means the linear of this name."""
     if pattern == ALL_LINEAR:
         return not _is_head_or_router(fqn)
     if any(c in pattern for c in "*?["):

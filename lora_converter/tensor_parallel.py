@@ -30,6 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_converter.adapted import adapted_modules
+from lora_converter.tensors import local_part
 
 _MARK = "_gradient_is_partial_over"
 
@@ -89,11 +90,6 @@ def local_bias(bias: torch.Tensor | None, mesh: DeviceMesh, *, column_wise: bool
     if bias is None or (not column_wise and mesh.get_local_rank() > 0):
         return None
     return local_part(bias)
-
-
-def local_part(value: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def shard_of_features(value: torch.Tensor, mesh: DeviceMesh, size: int) -> torch.Tensor:

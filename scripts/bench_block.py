@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lora_converter import LoRAConfig, LoRALinear, apply_lora
-from lora_converter.adapted import subclass_with
+from lora_converter.swap import subclass_with
 
 RANK, ALPHA = 16, 32
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from lora_converter.dcp.reader import METADATA_FILE, read_folder
+from lora_converter.dcp.reader import METADATA_FILE, load, read_folder
+from lora_converter.dcp.states import ModelSubset
 from lora_converter.fit import Misfit
 from lora_converter.ranks import agreed, together, union_over_ranks
 
@@ -56,3 +57,31 @@ def check_fits(wanted: Mapping[str, Any], stored: Metadata, what: str) -> None:
             misfit.misshapen.append(f"{name} is no tensor there and {tuple(tensor.shape)} in the model")
     on_all_ranks = Misfit(missing=union_over_ranks(misfit.missing), misshapen=union_over_ranks(misfit.misshapen))
     on_all_ranks.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint=_HINT)
+
+
+class DcpBase:
+    """The weights of `base`, as the DCP folder at `path` has them: `check`, then `load`.
+
+    Args:
+        base: The model's frozen parameters and buffers, sharded or not.
+        option: The setting that names the folder.
+    """
+
+    def __init__(self, base: ModelSubset, path: str, option: str):
+        self._base, self._path, self._option = base, path, option
+
+    def check(self) -> None:
+        """Compares names and shapes with the folder's.
+
+        Raises:
+            ValueError: On all ranks, if some do not fit; all are named.
+        """
+        hint = "For a Hugging Face folder set checkpoint.initial_load_in_hf = true."
+        self._stored = stored_in(self._path, self._option, hint=hint)
+        check_fits(self._base.state_dict(), self._stored, f"The base in {self._path}")
+
+    def load(self) -> None:
+        """Reads everything into the model."""
+        state_dict = self._base.state_dict()
+        load(state_dict, self._path, self._stored)
+        self._base.load_state_dict(state_dict)

@@ -7,18 +7,21 @@ key-value heads) or, on FSDP2 x TP, returns other rows without a word (torch 2.1
 a few at a time, and each rank keeps its slice. Remove when DTensor views are right for _StridedShard.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import StorageReader
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import copy_full_
 from lora_converter.dcp.folder import check_fits
 from lora_converter.dcp.states import ModelSubset
+from lora_converter.hf.folder import open_model
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.ranks import together
+from lora_converter.tensors import copy_full_
 
 _BYTES_AT_A_TIME = 2**30
 
@@ -34,7 +37,7 @@ class HuggingFaceBase:
 
     def __init__(self, adapter: StateDictAdapter, path: str, base: ModelSubset, *, quantized: bool):
         self.adapter, self.path, self._base = adapter, path, base
-        self._reader: Callable[[], StorageReader] = lambda: adapter.get_hf_storage_reader(path, quantized)
+        self._quantized = quantized
         self._state_dict = base.state_dict()
         self._permuted = {
             name: hf_name
@@ -50,6 +53,7 @@ class HuggingFaceBase:
             ValueError: On all ranks, if some do not fit; all are named.
         """
         permuted = {hf: self._state_dict[name] for name, hf in self._permuted.items()}
+        self._shards = together(lambda: {path.name for path in open_model(self.path).shards})
         stored = together(lambda: self._reader().read_metadata())
         check_fits({**self._renamed, **permuted}, stored, f"The base in {self.path}")
 
@@ -63,6 +67,12 @@ class HuggingFaceBase:
                 copy_full_(self._state_dict[name], full)
         self._base.load_state_dict(self.adapter.from_hf(self._renamed))
 
+    def _reader(self) -> StorageReader:
+        """The host's, for the files that are the model's alone: it would read whatever lies in the folder."""
+        reader = self.adapter.get_hf_storage_reader(self.path, self._quantized)
+        reader.fs = _Only(reader.fs, self._shards)
+        return reader
+
     def _groups(self) -> Iterator[dict[str, torch.Tensor]]:
         """Whole CPU tensors for the permuted weights, by Hugging Face name, a bounded number of bytes at a time."""
         group: dict[str, torch.Tensor] = {}
@@ -75,6 +85,20 @@ class HuggingFaceBase:
                 group, size = {}, 0
         if group:
             yield group
+
+
+class _Only:
+    """A file system whose folders hold no other weights than some."""
+
+    def __init__(self, fs: Any, names: set[str]):
+        self._fs, self._names = fs, names
+
+    def ls(self, path: str) -> list[str]:
+        """The files of a folder, without other safetensors files."""
+        return [f for f in self._fs.ls(path) if not f.endswith(".safetensors") or Path(f).name in self._names]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fs, name)
 
 
 def _permuted_name(adapter: StateDictAdapter, name: str, value: DTensor) -> str | None:

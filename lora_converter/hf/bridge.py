@@ -9,6 +9,7 @@ adapted module's to say (`AdaptedModule.peft_factors`).
 
 import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from lora_converter.fit import Misfit
 from lora_converter.hf.folder import FLOATS, weight_shapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_name, hf_names
 from lora_converter.hf.peft_directory import PeftAdapter
+
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 _NUMBERED = re.compile(r"\.\d+\.")
 
@@ -41,6 +44,8 @@ def to_peft(
     linears: LinearShapes,
     config: LoRAConfig,
     *,
+    alphas: Mapping[str, float] | None = None,
+    has_experts: bool = False,
     base_model: str = "",
     base_fingerprint: str = "",
 ) -> PeftAdapter:
@@ -50,11 +55,15 @@ def to_peft(
         state_dict: The adapters' parameters.
         names: Of every adapted weight.
         linears: All linears of the model, adapted or not.
+        config: The job's; each weight has a rank of its own.
+        alphas: Adapted weight -> alpha, where it is not the job's.
+        has_experts: The model has routed experts, see `linears_like_experts`.
 
     Raises:
         ValueError: The host cannot express a weight in Hugging Face's terms.
     """
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    own_alphas: dict[str, float] = {}
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn = weight.removesuffix(".weight")
         out_features, in_features = linears[fqn]
@@ -64,16 +73,34 @@ def to_peft(
                 a if hf.columns is None else a[:, hf.columns],
                 b if hf.rows is None else b[hf.rows],
             )
+            own_alphas[hf.name] = (alphas or {}).get(weight, config.alpha)
+    as_parameters = linears_like_experts(factors) if has_experts else []
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=_shortest_targets(set(factors), _hf_names(adapter, linears)),
+        target_modules=_shortest_targets(factors.keys() - set(as_parameters), _hf_names(adapter, linears)),
         base_model=base_model,
         base_fingerprint=base_fingerprint,
+        alphas={module: alpha for module, alpha in own_alphas.items() if alpha != config.alpha},
+        target_parameters=[f"{module}.weight" for module in as_parameters],
     )
+
+
+def alphas_of(names: PeftNames, configs: Mapping[str, LoRAConfig]) -> dict[str, float]:
+    """Adapted weight -> alpha, of adapted modules' own settings by FQN."""
+    return {weight: configs[weight.rpartition(".")[0]].alpha for weight in names}
+
+
+def linears_like_experts(modules: Iterable[str]) -> list[str]:
+    """Linears that PEFT takes for routed experts where the model has some, and so are to be named by their weights.
+
+    With transformers 5, which fuses experts, PEFT 0.21 turns the names that experts' products used to have, as target
+    modules, into the fused parameters: dense layers and shared experts beside them then get no adapter, without a word.
+    """
+    return [module for module in modules if module.rpartition(".")[2] in _NAMES_OF_EXPERTS]
 
 
 def check_exportable(adapter: StateDictAdapter | None, linears: LinearShapes, adapted: Iterable[str]) -> None:
@@ -119,12 +146,19 @@ def check_mergeable(adapter: StateDictAdapter, linears: LinearShapes, adapted: I
 
 
 def from_peft(
-    adapter: StateDictAdapter, peft: PeftAdapter, names: PeftNames, linears: LinearShapes, *, what: str
+    adapter: StateDictAdapter,
+    peft: PeftAdapter,
+    names: PeftNames,
+    linears: LinearShapes,
+    *,
+    configs: Mapping[str, LoRAConfig],
+    what: str,
 ) -> dict[str, torch.Tensor]:
     """The inverse: full tensors in the host's names.
 
     Args:
         names: Of every adapted weight of the model.
+        configs: Adapted weight -> its adapter's settings.
         what: What is read, for messages.
 
     Raises:
@@ -135,7 +169,8 @@ def from_peft(
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn = weight.removesuffix(".weight")
         out_features, in_features = linears[fqn]
-        a, b = torch.empty(peft.rank, in_features), torch.empty(out_features, peft.rank)
+        rank, alpha = configs[weight].rank, configs[weight].alpha
+        a, b = torch.empty(rank, in_features), torch.empty(out_features, rank)
         for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
             used.add(hf.name)
             if hf.name not in peft.factors:
@@ -145,7 +180,9 @@ def from_peft(
             rows = out_features if hf.rows is None else len(hf.rows)
             there, here = (hf_b.shape[0], hf_a.shape[1]), (rows, in_features)
             misfit.compare(hf.name, there, here)
-            if there == here:
+            misfit.compare_number(f"the rank of {hf.name}", hf_a.shape[0], rank)
+            misfit.compare_number(f"the alpha of {hf.name}", peft.alpha_of(hf.name), alpha)
+            if there == here and hf_a.shape[0] == rank:
                 a[:, slice(None) if hf.columns is None else hf.columns] = hf_a.float()
                 b[slice(None) if hf.rows is None else hf.rows] = hf_b.float()
         state_dict[name_a], state_dict[name_b] = a, b
@@ -165,7 +202,7 @@ def _hf_names(adapter: StateDictAdapter, linears: LinearShapes) -> set[str]:
     return names
 
 
-def _shortest_targets(adapted: set[str], everything: set[str]) -> list[str]:
+def _shortest_targets(adapted: AbstractSet[str], everything: set[str]) -> list[str]:
     """PEFT's `target_modules`: last parts of names where they mean exactly the adapted linears, else whole names.
 
     A decoder that is not at `model.layers` is one part of a larger model (`language_model.model.layers` of Llama 4),

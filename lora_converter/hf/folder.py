@@ -1,6 +1,7 @@
 """Hugging Face directories as files: what weights one holds, and the headers of safetensors files."""
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,11 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lora_converter.files import check_regular
+from lora_converter.files import check_regular, read_json
+
+INDEX_FILE = "model.safetensors.index.json"
+
+logger = logging.getLogger(__name__)
 
 FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Dtypes that an update can be added to, as safetensors names them. Others are codes of a quantized weight."""
@@ -31,18 +36,75 @@ class Entry:
         return Entry(FLOATS[dtype], self.shape, math.prod(self.shape) * dtype.itemsize)
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Key -> (file, shape, dtype as safetensors names it) of every tensor in the folder, read from its files' headers.
+@dataclass(frozen=True)
+class ModelFolder:
+    """A Hugging Face model's weights: those that its index names, or `model.safetensors`.
+
+    Attributes:
+        shards: The files, in the order of the folder.
+        weights: Key -> (file, tensor in its header).
+        config: Its `config.json`; empty if there is none.
+        ignored: Other safetensors files in the folder, which are not part of the model.
+    """
+
+    path: Path
+    shards: list[Path]
+    weights: dict[str, tuple[Path, Entry]]
+    config: dict[str, Any]
+    ignored: list[str]
+
+
+def open_model(folder: str | Path) -> ModelFolder:
+    """What a Hugging Face model folder says that it holds, compared with its files' headers.
 
     Raises:
-        ValueError: There is no such file, or one is damaged.
+        ValueError: There is neither an index nor a `model.safetensors`, a file or a tensor is missing, or something is
+            damaged.
     """
-    shapes: dict[str, tuple[Path, list[int], str]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        shapes |= {key: (path, entry.shape, entry.dtype) for key, entry in read_header(path)[0].items()}
-    if not shapes:
-        raise ValueError(f"{folder} holds no .safetensors file. Name the Hugging Face directory of the base.")
-    return shapes
+    folder = Path(folder)
+    placed = _placed_by_index(folder)
+    names = sorted(set(placed.values())) if placed is not None else ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).exists()]:
+        if placed is None:
+            raise ValueError(
+                f"{folder} holds no model.safetensors and no {INDEX_FILE}. Name the Hugging Face directory of the base."
+            )
+        raise ValueError(f"{folder} is not complete: {', '.join(missing)} of {INDEX_FILE} is missing.")
+    weights: dict[str, tuple[Path, Entry]] = {}
+    for name in names:
+        for key, entry in read_header(folder / name)[0].items():
+            if placed is None or placed.get(key, name) == name:
+                weights[key] = (folder / name, entry)
+    if placed is not None and (lost := sorted(placed.keys() - weights.keys())):
+        raise ValueError(f"{folder} is not complete: {', '.join(lost)} of {INDEX_FILE} is not in the files.")
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    ignored = sorted({path.name for path in folder.glob("*.safetensors")} - set(names))
+    if ignored:
+        logger.warning("%s: not part of the model, and left out: %s.", folder, ", ".join(ignored))
+    return ModelFolder(folder, [folder / name for name in names], weights, config, ignored)
+
+
+def _placed_by_index(folder: Path) -> dict[str, str] | None:
+    """Key -> file, as the index has it; None without index."""
+    path = folder / INDEX_FILE
+    try:
+        placed = read_json(path).get("weight_map")
+    except FileNotFoundError:
+        return None
+    if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+        raise ValueError(f"{path} is damaged: its weight_map is no table from keys to files.")
+    if outside := sorted({name for name in placed.values() if Path(name).name != name or name in ("", ".", "..")}):
+        raise ValueError(f"{path} names {', '.join(map(repr, outside))}, which is not in its folder.")
+    return placed
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
+    """Key -> (file, shape, dtype as safetensors names it) of every weight of a model folder.
+
+    Raises:
+        ValueError: See `open_model`.
+    """
+    return {key: (path, entry.shape, entry.dtype) for key, (path, entry) in open_model(folder).weights.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -12,61 +12,44 @@ import json
 import logging
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lora_converter.config import scaling
 from lora_converter.files import appears_complete, remove
 from lora_converter.hf.folder import FLOATS, read_header, write_tensors
-from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE, as_list, config_of, read_config
+from lora_converter.hf.peft_adapter import PeftAdapter, config_of, is_finite
+from lora_converter.hf.peft_config import (
+    CONFIG_FILE,
+    DEFAULT_ALPHA,
+    DEFAULT_RANK,
+    WEIGHTS_FILE,
+    as_list,
+    read_config,
+)
+from lora_converter.hf.peft_patterns import match_pattern
+from lora_converter.names import without_wrappers
 
 _FINGERPRINT = "lora_converter.base_fingerprint"
 
 logger = logging.getLogger(__name__)
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
+"""Scripts that save a model's state dict themselves leave the adapter's name in, `default`."""
 
+_CONVERT = (
+    'If you trust it, convert it in its folder: python -c "import torch, safetensors.torch as s; '
+    "s.save_file({k: v.contiguous() for k, v in torch.load('adapter_model.bin', weights_only=True).items()}, "
+    "'adapter_model.safetensors')\""
+)
 
-@dataclass(frozen=True)
-class PeftAdapter:
-    """An adapter in Hugging Face's names.
-
-    Attributes:
-        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank).
-        target_modules: As PEFT matches them: whole names, or last parts of names.
-        base_model: Where the base is, for people and loaders; may be empty.
-    """
-
-    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
-    rank: int
-    alpha: float
-    dropout: float
-    use_rslora: bool
-    target_modules: list[str]
-    base_model: str = ""
-    fan_in_fan_out: bool = False
-    """The weights of the base are (in_features, out_features): transformers' GPT-2."""
-    base_fingerprint: str = ""
-    """Of the base in the trainer's names (`fingerprint.py`), in the header of the weights; empty if not known."""
-
-    @property
-    def scaling(self) -> float:
-        """Factor of B A."""
-        return scaling(self.rank, self.alpha, self.use_rslora)
-
-    def delta_weight(self, module: str) -> torch.Tensor:
-        """The update of a module's weight, in the weight's own shape, fp32."""
-        left, right = self.delta_factors(module)
-        return self.scaling * (left @ right)
-
-    def delta_factors(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two matrices whose product, scaled, is `delta_weight`, fp32; rows of the first give its rows."""
-        a, b = (factor.float() for factor in self.factors[module])
-        return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
+_BASE_WEIGHT = re.compile(
+    r"base_model\.model\.(?P<module>(.+\.)?(lm_head|embed_tokens|embed_out|wte|word_embeddings))(\.base_layer)?\.weight"
+)
+"""What PEFT stores beside the factors once an embedding or a head is a target, or the vocabulary was resized."""
 
 
 def is_peft_directory(path: str | Path) -> bool:
@@ -84,18 +67,22 @@ def save_peft(
 
     Raises:
         FileExistsError: `folder` is there already and not empty.
-        ValueError: The factors do not fit the adapter's rank.
+        ValueError: The factors do not fit together, or are too large for `dtype`; nothing is written.
     """
     folder = Path(folder)
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not (replace and is_peft_directory(folder)):
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
-    _check_factors(adapter, str(folder))
-    tensors = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor.to(dtype)
+    _check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
+    originals = {
+        f"base_model.model.{module}.lora_{letter}.weight": factor
         for module, factors in sorted(adapter.factors.items())
         for letter, factor in zip("AB", factors, strict=True)
     }
+    tensors = {name: factor.to(dtype) for name, factor in originals.items()}
+    whole = {name for name, value in originals.items() if is_finite(value)}
+    if broken := [name for name, value in tensors.items() if name in whole and not is_finite(value)]:
+        raise ValueError(f"{folder}: {', '.join(broken)} would hold inf in {dtype}. Name a wider dtype, bfloat16 say.")
     with appears_complete(folder) as draft:
         fingerprint = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
         write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **fingerprint})
@@ -133,35 +120,55 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     """
     folder = Path(folder)
     config = read_config(folder)
-    factors: dict[str, dict[str, torch.Tensor]] = {}
     tensors, metadata = _read_tensors(folder)
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise ValueError(
-                f"{folder / WEIGHTS_FILE}: {key!r} is no LoRA factor of a linear; only "
-                "base_model.model.<module>.lora_A.weight and .lora_B.weight are read."
-            )
-        factors.setdefault(match["module"], {})[match["factor"]] = tensor
-    halves = [f"{module} has lora_{'/'.join(pair)} alone" for module, pair in factors.items() if len(pair) < 2]
-    if halves or not factors:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {'; '.join(halves) or 'no adapter in it'}. The file is incomplete.")
+    factors, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE)
+    alpha = float(config.get("lora_alpha", DEFAULT_ALPHA))
+    table, what = config.get("alpha_pattern") or {}, f"{folder / CONFIG_FILE}: alpha_pattern"
+    alphas = {module: float(match_pattern(table, module, alpha, what)) for module in factors}
     adapter = PeftAdapter(
-        factors={module: (pair["A"], pair["B"]) for module, pair in sorted(factors.items())},
-        rank=config["r"],
-        alpha=float(config["lora_alpha"]),
+        factors=factors,
+        rank=config.get("r", DEFAULT_RANK),
+        alpha=alpha,
         dropout=float(config.get("lora_dropout") or 0.0),
         use_rslora=bool(config.get("use_rslora", False)),
         target_modules=as_list(config.get("target_modules")),
         base_model=config.get("base_model_name_or_path") or "",
         fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
         base_fingerprint=metadata.get(_FINGERPRINT, ""),
+        alphas={module: own for module, own in alphas.items() if own != alpha},
+        target_parameters=as_list(config.get("target_parameters")),
+        base_weights=base_weights,
     )
-    _check_factors(adapter, str(folder))
-    broken = [m for m, pair in adapter.factors.items() if not all(map(_is_finite, pair))]
-    if broken:
+    _check_factors(adapter, config.get("rank_pattern") or {}, str(folder))
+    if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
+
+
+def _sorted_out(
+    tensors: dict[str, torch.Tensor], path: Path
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Factors by module, and copies of base weights by key, of the tensors in a file."""
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    base_weights: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        plain = without_wrappers(key)
+        if match := _KEY.fullmatch(plain):
+            pair = halves.setdefault(match["module"], {})
+            if match["factor"] in pair:
+                raise ValueError(f"{path}: lora_{match['factor']} of {match['module']} is there twice, as {key!r} too.")
+            pair[match["factor"]] = tensor
+        elif match := _BASE_WEIGHT.fullmatch(plain):
+            base_weights[f"{match['module']}.weight"] = tensor
+        else:
+            raise ValueError(
+                f"{path}: {key!r} is no LoRA factor of a linear; only "
+                "base_model.model.<module>.lora_A.weight and .lora_B.weight are read."
+            )
+    alone = [f"{module} has lora_{'/'.join(pair)} alone" for module, pair in halves.items() if len(pair) < 2]
+    if alone or not halves:
+        raise ValueError(f"{path}: {'; '.join(alone) or 'no adapter in it'}. The file is incomplete.")
+    return {module: (pair["A"], pair["B"]) for module, pair in sorted(halves.items())}, base_weights
 
 
 def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -169,7 +176,7 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     path = folder / WEIGHTS_FILE
     if not path.exists():
         pickled = (
-            " adapter_model.bin is there, but pickled weights are not read: a pickle can run code."
+            f" adapter_model.bin is there, but pickled weights are not read: a pickle can run code. {_CONVERT}"
             * (folder / "adapter_model.bin").exists()
         )
         raise ValueError(f"{folder} has no {WEIGHTS_FILE}.{pickled}")
@@ -180,15 +187,12 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
         raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
 
 
-def _check_factors(adapter: PeftAdapter, what: str) -> None:
+def _check_factors(adapter: PeftAdapter, rank_pattern: Mapping[str, int], what: str) -> None:
     for module, (a, b) in adapter.factors.items():
+        rank = match_pattern(rank_pattern, module, adapter.rank, f"{what}: rank_pattern")
         shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
-        if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == adapter.rank):
-            raise ValueError(f"{what}: {shapes}; with r = {adapter.rank} they must be (r, in) and (out, r).")
+        if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == rank):
+            experts = " Adapters on stacked experts are not read." if adapter.target_parameters else ""
+            raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{experts}")
         if not {a.dtype, b.dtype} <= FLOATS.keys():
             raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")
-
-
-def _is_finite(factor: torch.Tensor) -> bool:
-    """Without a mask of the factor's size."""
-    return not factor.numel() or all(bool(extreme.isfinite()) for extreme in factor.aminmax())

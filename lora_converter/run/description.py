@@ -16,6 +16,7 @@ from lora_converter.adapted import AdaptedModule, modules_of
 from lora_converter.config import LoRAConfig
 from lora_converter.files import read_json, write_whole
 from lora_converter.run.job import Job
+from lora_converter.targets import look_up, matches
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +98,22 @@ class Description:
         pairs += [(f"lora.{name}", self.lora.get(name), job.lora[name]) for name in _MUST_AGREE]
         found = [f"{option} is {value!r} there and {ours!r} here" for option, value, ours in pairs if value != ours]
         there, here = set(there), set(here)
+        if not found:
+            found = self._pattern_differences(job, sorted(there & here))
         for where, more in (("there", there - here), ("here", here - there)):
             found += [f"{len(more)} linears are adapted only {where}: {', '.join(sorted(more))}"] if more else []
+        return found
+
+    def _pattern_differences(self, job: "Description", fqns: list[str]) -> list[str]:
+        """Linears that have another rank or alpha by the patterns."""
+        found = []
+        for name in ("rank", "alpha"):
+            there, here = (
+                look_up(f"lora.{name}_pattern", _matching(d.lora.get(f"{name}_pattern", {}), fqns), fqns, d.lora[name])
+                for d in (self, job)
+            )
+            other = [f"{fqn} is {there[fqn]} there and {here[fqn]} here" for fqn in fqns if there[fqn] != here[fqn]]
+            found += [f"lora.{name} of {'; of '.join(other)}"] if other else []
         return found
 
 
@@ -117,6 +132,11 @@ def adapters_in(
     modules = modules_of(names, kinds)
     known = {f"{module}.{name}" for module in modules for kind in kinds for name in kind.adapter_parameter_names}
     return modules, sorted(set(names) - known - set(base))
+
+
+def _matching(table: dict[str, Any], fqns: list[str]) -> dict[str, Any]:
+    """The patterns of a table that match some of `fqns`; the others are of linears that only one of two runs has."""
+    return {pattern: value for pattern, value in table.items() if any(matches(pattern, fqn) for fqn in fqns)}
 
 
 def check_same_run(

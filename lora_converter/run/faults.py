@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from lora_converter.adapted import adapted_modules
 from lora_converter.ranks import union_over_ranks
-from lora_converter.tensor_parallel import local_part
+from lora_converter.tensors import local_part
 
 logger = logging.getLogger(__name__)
 

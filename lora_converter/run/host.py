@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.run.job import Job
@@ -31,6 +33,12 @@ class Host(Protocol):
 
     states: dict[str, Any]
     """What a step holds beside the model: name -> Stateful of `optimizer`, `lr_scheduler`, `dataloader` and so on."""
+
+    optimizers: list[Optimizer]
+    """One for each of `model_parts`, with the job's hyperparameters."""
+
+    lr_schedulers: list[LRScheduler]
+    """One for each of `optimizers`, or none."""
 
     meshes: dict[str, DeviceMesh]
     """The one-dimensional meshes of more than one rank, by name. Pipeline stages lie along `pp`."""

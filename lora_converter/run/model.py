@@ -4,13 +4,15 @@ import functools
 
 import torch
 
-from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, full_tensor
+from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
+from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.fingerprint import base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.ranks import agreed, gather_all, gather_to_first, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
+from lora_converter.tensors import full_tensor
 
 
 class RunModel:
@@ -75,6 +77,15 @@ class RunModel:
         """Adapted weight -> the parameters that PEFT calls its lora_A and lora_B, of all ranks. A collective."""
         mine = {weight: names for module in self.adapted for weight, names in module.peft_names().items()}
         return {weight: names for found in gather_all(mine) for weight, names in found.items()}
+
+    def configs(self) -> dict[str, LoRAConfig]:
+        """FQN -> settings of the adapted modules of all ranks. A collective."""
+        mine = {module.lora_fqn: module.lora_config for module in self.adapted}
+        return {fqn: config for found in gather_all(mine) for fqn, config in found.items()}
+
+    def has_experts(self) -> bool:
+        """Whether the model has routed experts, on any rank. A collective."""
+        return any(gather_all(any(map(has_stacked_experts, self.parts))))
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """FQN -> (out_features, in_features) of the linears of all ranks. A collective."""

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from lora_converter.adapted import adapter_parameters, modules_of
+from lora_converter.adapted import adapter_parameters, has_stacked_experts, modules_of
 from lora_converter.adapters import apply_lora
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.reader import load as load_dcp
@@ -21,6 +21,7 @@ from lora_converter.ranks import agreed, together
 from lora_converter.run.description import DESCRIPTION, Description, adapters_in
 from lora_converter.run.host import ModelSource
 from lora_converter.run.job import RunConfig
+from lora_converter.targets import select_targets
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -39,7 +40,7 @@ def load_peft_everywhere(path: str) -> PeftAdapter:
 def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, linears: LinearShapes) -> C:
     """`[lora]` for a run that starts from a PEFT directory: what is left at its default comes from the directory.
 
-    Rank, alpha, rsLoRA and targets; dropout stays the run's own affair.
+    Rank, alpha, their patterns, rsLoRA and targets; dropout stays the run's own affair.
 
     Raises:
         ValueError: A setting is not at its default and differs from the directory's.
@@ -52,20 +53,29 @@ def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, line
                 f"lora.{name} = {getattr(config, name)!r}, but the adapter in {what} has {value!r}. "
                 f"Leave lora.{name} out to take the adapter's."
             )
+    modules = {fqn: module for fqn, shape in linears.items() if (module := _module_of(peft, adapter, fqn, shape))}
+    if not modules:
+        raise ValueError(f"{what} adapts {', '.join(sorted(peft.factors))}; the model has none of them.")
     config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
     if config.target_modules == default.target_modules and not config.exclude_modules:
-        targets = [fqn for fqn, shape in linears.items() if _stands_in(peft, adapter, fqn, shape)]
-        if not targets:
-            raise ValueError(f"{what} adapts {', '.join(sorted(peft.factors))}; the model has none of them.")
-        return replace(config, target_modules=targets)
-    return config
+        config = replace(config, target_modules=list(modules))
+    targets = select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules)
+    ranks = {fqn: peft.rank_of(modules[fqn]) for fqn in targets if fqn in modules}
+    alphas = {fqn: peft.alpha_of(modules[fqn]) for fqn in targets if fqn in modules}
+    return replace(
+        config,
+        rank_pattern=config.rank_pattern or {fqn: rank for fqn, rank in ranks.items() if rank != peft.rank},
+        alpha_pattern=config.alpha_pattern or {fqn: alpha for fqn, alpha in alphas.items() if alpha != peft.alpha},
+    )
 
 
-def _stands_in(peft: PeftAdapter, adapter: StateDictAdapter, fqn: str, shape: tuple[int, int]) -> bool:
+def _module_of(peft: PeftAdapter, adapter: StateDictAdapter, fqn: str, shape: tuple[int, int]) -> str:
+    """The module of `peft` that is a linear of the host's; empty if there is none."""
     try:
-        return hf_name(adapter, fqn, out_features=shape[0], in_features=shape[1]) in peft.factors
+        name = hf_name(adapter, fqn, out_features=shape[0], in_features=shape[1])
     except ValueError:
-        return False
+        return ""
+    return name if name in peft.factors else ""
 
 
 def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "") -> PeftAdapter:
@@ -107,6 +117,8 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "") 
         {weight: names for linear in adapted for weight, names in linear.peft_names().items()},
         linears,
         config,
+        alphas={weight: linear.lora_config.alpha for linear in adapted for weight in linear.peft_names()},
+        has_experts=has_stacked_experts(model),
         base_model=base or described.base,
         base_fingerprint=described.base_fingerprint,
     )

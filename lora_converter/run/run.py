@@ -16,22 +16,17 @@ from pathlib import Path
 
 import torch
 
-from lora_converter.hf.bridge import to_peft
+from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.merge import merge_directories
 from lora_converter.ranks import agreed, is_first_rank, together
+from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
 from lora_converter.run.dropout import DropoutSeeds
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
+from lora_converter.run.hyperparameters import Hyperparameters
 from lora_converter.run.model import RunModel
-from lora_converter.run.sources import (
-    AdapterSource,
-    BaseSource,
-    PeftSource,
-    Source,
-    StepSource,
-    check_peft_forms_everywhere,
-)
+from lora_converter.run.sources import BaseSource, Source, StepSource
 from lora_converter.run.steps import Step, discard, newest_step, read_step
 
 logger = logging.getLogger(__name__)
@@ -50,6 +45,7 @@ class Run:
         self.faults = FaultWatch(host.model_parts)
         host.on_log(self.faults.on_log)
         self._dropout = DropoutSeeds(host.model_parts, host.data_rank) if self.config.dropout > 0 else None
+        self._hyperparameters = Hyperparameters(host.optimizers, host.lr_schedulers)
         self._merge: Callable[[], None] | None = None
         if self.job.exports_peft:
             check_peft_forms_everywhere(self.model)
@@ -76,6 +72,8 @@ class Run:
             source.check()
         for source in sources:
             source.load()
+        for change in self._hyperparameters.put_back() if found else ():
+            logger.info(f"LoRA: {change}")
         if self._dropout:
             self._dropout.continue_after(found.number if found else 0)
         return bool(sources)
@@ -116,8 +114,8 @@ class Run:
         """Writes the adapters as a PEFT directory, on rank 0. The other ranks do not wait for it."""
         adapter = self.host.state_dict_adapter
         assert adapter is not None
-        names, linears = self.model.peft_names(), self.model.linear_shapes()
-        state_dict = self.model.gather_adapters()
+        names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
+        has_experts, state_dict = self.model.has_experts(), self.model.gather_adapters()
         if is_first_rank():
             peft = to_peft(
                 adapter,
@@ -125,6 +123,8 @@ class Run:
                 names,
                 linears,
                 self.config,
+                alphas=alphas_of(names, configs),
+                has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
                 base_fingerprint=self.model.base_fingerprint,
             )
@@ -135,9 +135,9 @@ class Run:
 
     def finish(self) -> None:
         """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""
-        if self._merge is not None:
-            self._merge()
-            self._merge = None
+        merge, self._merge = self._merge, None  # a failure is told once, not again when the host cleans up
+        if merge is not None:
+            merge()
 
     def step_path(self, step: int) -> str:
         """The folder of a step."""

@@ -2,42 +2,30 @@
 
     BaseSource       the frozen weights, from a DCP or a Hugging Face folder
     StepSource       a step of this run: adapters, optimizer, ...
-    AdapterSource    another run's step folder: its adapters alone
-    PeftSource       a PEFT directory
 
 All checks of all sources come before the first load. They are collectives: all ranks raise, or none.
 """
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
-from lora_converter.adapted import check_peft_forms, copy_full_
-from lora_converter.dcp.folder import agreed_metadata, check_fits, stored_in
+from lora_converter.dcp.folder import DcpBase, agreed_metadata, check_fits
 from lora_converter.dcp.reader import load as load_dcp
-from lora_converter.dcp.states import ModelSubset
 from lora_converter.hf.base import HuggingFaceBase
-from lora_converter.hf.bridge import from_peft
-from lora_converter.ranks import agreed, together
+from lora_converter.ranks import agreed
+from lora_converter.run.adapter_sources import PeftSource, check_base_of_adapter, check_run_of_step
 from lora_converter.run.description import (
-    DESCRIPTION,
     MODEL,
     PARTS,
-    Description,
-    adapters_in,
-    check_same_base,
-    check_same_run,
 )
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
-from lora_converter.run.peft_io import load_peft_everywhere
 from lora_converter.run.steps import Step
 
 logger = logging.getLogger(__name__)
 
-BASE_OPTION, ADAPTER_OPTION = "checkpoint.initial_load_path", "lora.initial_adapter_path"
+BASE_OPTION = "checkpoint.initial_load_path"
 
 
 class Source(Protocol):
@@ -63,7 +51,7 @@ class BaseSource:
         assert base is not None
         self._path = base.path
         if base.format == "dcp":
-            self._folder: Source = _DcpBase(model.base, base.path)
+            self._folder: Source = DcpBase(model.base, base.path, BASE_OPTION)
         elif adapter is None:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         else:
@@ -78,21 +66,6 @@ class BaseSource:
         logger.info(f"LoRA: loading the base from {self._path}.")
         self._folder.load()
         self._model.take_fingerprint()
-
-
-class _DcpBase:
-    def __init__(self, base: ModelSubset, path: str):
-        self._base, self._path = base, path
-
-    def check(self) -> None:
-        hint = "For a Hugging Face folder set checkpoint.initial_load_in_hf = true."
-        self._stored = stored_in(self._path, BASE_OPTION, hint=hint)
-        check_fits(self._base.state_dict(), self._stored, f"The base in {self._path}")
-
-    def load(self) -> None:
-        state_dict = self._base.state_dict()
-        load_dcp(state_dict, self._path, self._stored)
-        self._base.load_state_dict(state_dict)
 
 
 class StepSource:
@@ -134,7 +107,7 @@ class StepSource:
             )
         self._base_fingerprint = ""
         if MODEL not in job.not_loaded:
-            self._base_fingerprint = _check_same_run(self._model, step)
+            self._base_fingerprint = check_run_of_step(self._model, step)
             check_fits(self._model.stored.state_dict(), step.stored, f"{step.path}")
 
     def _check_base(self, names: Mapping[str, Any]) -> None:
@@ -157,7 +130,7 @@ class StepSource:
         else:
             path, stored = self._step.path, self._step.stored
             assert stored is not None
-            _check_same_base(self._model, f"{path}", self._base_fingerprint)
+            check_base_of_adapter(self._model, f"{path}", self._base_fingerprint)
             logger.info(f"LoRA: resuming from {path}.")
             states, model = self._states(), self._model.stored
             load_dcp(states, path, stored)
@@ -173,75 +146,3 @@ class StepSource:
             return model
         wanted = {name: state for name, state in host.states.items() if name not in host.job.not_loaded}
         return wanted if MODEL in host.job.not_loaded else {**wanted, **model}
-
-
-class AdapterSource:
-    """The adapters of another run's step folder."""
-
-    def __init__(self, model: RunModel, path: str):
-        self._model, self._path = model, path
-
-    def check(self) -> None:
-        """Compares settings, keys and shapes."""
-        hint = "It has no adapter_config.json either, so it is no PEFT directory."
-        stored = stored_in(self._path, ADAPTER_OPTION, hint=hint)
-        description = together(lambda: Description.read(self._path))
-        self._step = Step(0, Path(self._path), stored, description=description)
-        self._base_fingerprint = _check_same_run(self._model, self._step)
-        check_fits(self._model.adapters.state_dict(), stored, f"{ADAPTER_OPTION}: {self._path}")
-
-    def load(self) -> None:
-        """Loads the adapters alone."""
-        assert self._step.stored is not None
-        _check_same_base(self._model, self._path, self._base_fingerprint)
-        logger.info(f"LoRA: starting from the adapters in {self._path}.")
-        state_dict = self._model.adapters.state_dict()
-        load_dcp(state_dict, self._path, self._step.stored)
-        self._model.adapters.load_state_dict(state_dict)
-
-
-class PeftSource:
-    """A PEFT directory."""
-
-    def __init__(self, model: RunModel, path: str):
-        self._model, self._path = model, path
-
-    def check(self) -> None:
-        """Compares settings, names and shapes."""
-        model, adapter = self._model, self._model.host.state_dict_adapter
-        assert adapter is not None
-        check_peft_forms_everywhere(model)
-        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path)
-        description = model.description
-        there = replace(description, lora={"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora})
-        check_same_run(self._path, there, description, there=adapted, here=adapted)
-        names, linears = model.peft_names(), model.linear_shapes()
-        self._state_dict = from_peft(adapter, peft, names, linears, what=self._path)
-        self._base_fingerprint = peft.base_fingerprint
-
-    def load(self) -> None:
-        """Copies each rank's part."""
-        _check_same_base(self._model, self._path, self._base_fingerprint)
-        logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
-        for name, param in self._model.adapters.state_dict().items():
-            copy_full_(param, self._state_dict[name])
-
-
-def check_peft_forms_everywhere(model: RunModel) -> None:
-    """Refuses a run with adapters that PEFT has no form for, on all ranks."""
-    together(lambda: check_peft_forms(model.adapted))
-
-
-def _check_same_run(model: RunModel, step: Step) -> str:
-    """Refuses a step of another run. Returns the fingerprint of its base."""
-    assert step.stored is not None
-    described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
-    there, foreign = adapters_in(step.stored, model.kinds, model.base_names())
-    here = model.adapted_fqns()
-    return check_same_run(f"{step.path}", described, model.description, there=there, here=here, foreign=foreign)
-
-
-def _check_same_base(model: RunModel, path: str, recorded: str) -> None:
-    job = model.host.job
-    source = job.base.path if job.base else "None"
-    check_same_base(path, recorded, source, model.base_fingerprint, accept=job.config.accept_other_base)

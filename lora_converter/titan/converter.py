@@ -8,13 +8,11 @@ after acts on them as on any parameter; their values come with `init_weights`.
 from typing import Any, cast
 
 import torch.nn as nn
-from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import model_converter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
-from lora_converter.adapted import swap_class
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.hf.bridge import check_exportable, check_mergeable
@@ -23,6 +21,7 @@ from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.linear import linear_shapes
 from lora_converter.ranks import agreed, together
 from lora_converter.run.peft_io import config_of_peft, load_peft_everywhere
+from lora_converter.swap import swap_class
 from lora_converter.titan.checks import (
     FLOAT8,
     MISSING_CONFIG_MODULE,
@@ -59,7 +58,6 @@ class LoRAConverter:
         check_float8(job_config, parallel_dims)
         self.job_config, self.parallel_dims = job_config, parallel_dims
         self.model_name = f"{job_config.model.name}/{job_config.model.flavor}"
-        self.adapter_dtype = TORCH_DTYPE_MAP[job_config.training.dtype]
         install()  # a config module of the user's own may have been imported long before
 
     def convert(self, model: nn.Module) -> None:
@@ -74,7 +72,7 @@ class LoRAConverter:
 
                 freeze_float8_linears(model)
             job = job_of(job_config)
-            adapted = apply_lora(model, job.config, seed=job.seed, dtype=self.adapter_dtype)
+            adapted = apply_lora(model, job.config, seed=job.seed)
             if job.exports_peft:
                 self._check_results(model, [linear.lora_fqn for linear in adapted])
         except ValueError as e:

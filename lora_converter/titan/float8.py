@@ -19,7 +19,7 @@ from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_
 from torchao.float8.float8_scaling_utils import get_maybe_axiswise_dim, hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import GemmInputRole
 
-from lora_converter.adapted import swap_class
+from lora_converter.swap import swap_class
 
 
 class FrozenFloat8Linear(nn.Linear):

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.naming import StateDictAdapter
-from lora_converter.run.description import MODEL, OPTIMIZER, TRAIN_STATE
+from lora_converter.run.description import LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from lora_converter.run.job import Job
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.optimizer import divide_pipeline_gradients
@@ -34,6 +34,7 @@ class TitanHost:
         self.trainer = states[TRAIN_STATE]
         self.job, self.model_parts, self.state_dict_adapter = job, model_parts, adapter
         optimizers = states[OPTIMIZER]
+        self.optimizers, self.lr_schedulers = list(optimizers.optimizers), list(states[LR_SCHEDULER].schedulers)
         ours: dict[str, Stateful] = {OPTIMIZER: OptimizerState(optimizers.model_parts, optimizers.optimizers)}
         self.states = {name: state for name, state in states.items() if name != MODEL} | ours
         parallel_dims = self.trainer.parallel_dims

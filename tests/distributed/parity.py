@@ -21,7 +21,8 @@ from torchtitan.models.llama4 import llama4_args
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 
-from lora_converter.adapted import adapter_parameters, copy_full_, stable_hash
+from lora_converter.adapted import adapter_parameters, stable_hash
+from lora_converter.tensors import copy_full_
 from lora_converter.titan import optimizer
 
 STEPS, ROWS, TOKENS = 10, 8, 64

@@ -12,11 +12,11 @@ PACKAGE = ROOT / "lora_converter"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"config", "files", "fit", "ops", "ranks", "targets"},
-    {"adapted"},
+    {"config", "files", "fit", "names", "ops", "ranks", "swap", "targets", "tensors"},
+    {"adapted", "shared"},
     {"tensor_parallel"},
     {"linear"},
-    {"adapters", "fingerprint", "state_dict"},
+    {"adapters", "fingerprint", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
     {"inspect", "merge", "peft", "sync"},

@@ -156,10 +156,25 @@ def refused(folder: Path) -> str:
     ("settings", "message"),
     [
         ({"lora_alpha": 10**400}, f"lora_alpha = {10**400}; it must be a finite number above 0."),
-        ({"use_dora": True}, "use_dora = True is not supported; it must be False."),
-        ({"bias": "all"}, "bias = 'all' is not supported; it must be 'none'."),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not supported; it must be None."),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern = {'q_proj': 8} is not supported; it must be None."),
+        (
+            {"use_dora": True},
+            "use_dora = True is not supported; it must be null, false or empty (the update is normalised by a "
+            "magnitude (DoRA)).",
+        ),
+        (
+            {"bias": "all"},
+            "bias = 'all' is not supported; it must be 'none' (biases were trained and are stored beside).",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "modules_to_save = ['lm_head'] is not supported; it must be null, false or empty (whole modules were "
+            "trained and are stored beside).",
+        ),
+        (
+            {"rank_pattern": {"q_proj": "8"}},
+            "rank_pattern = {'q_proj': '8'}; it must be a table from expressions to integers of at least 1.",
+        ),
+        ({"use_rslora": "false"}, "use_rslora = 'false'; it must be true or false."),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'; only 'LORA' is supported."),
         ({"r": 0}, "r = 0; it must be an integer of at least 1."),
         ({"r": "3"}, "r = '3'; it must be an integer of at least 1."),

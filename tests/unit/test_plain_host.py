@@ -38,6 +38,7 @@ class PlainHost:
         self.step, self.losses = 0, []
         self.convert(model)
         self.optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=0.1)
+        self.optimizers, self.lr_schedulers = [self.optimizer], []
         self.states = {"optimizer": OptimizerState([model], [self.optimizer]), "train_state": self}
         self.run = Run(self)
 

@@ -122,7 +122,7 @@ def test_any_renaming_permuting_and_splitting_host_gets_its_part_of_the_update_a
     assert peft.factors.keys() == host.parts.keys()
     for name in peft.factors:  # fp32 products of a few terms against fp64
         torch.testing.assert_close(peft.delta_weight(name).double(), expected[f"{name}.weight"], rtol=1e-5, atol=1e-5)
-    back = from_peft(host, peft, names, linears, what="it")  # type: ignore[arg-type]
+    back = from_peft(host, peft, names, linears, configs={"wx.weight": config}, what="it")  # type: ignore[arg-type]
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

@@ -22,10 +22,11 @@ from lora_converter import (
     split_state_dict,
     unmerge_adapter,
 )
-from lora_converter.adapted import AdaptedModule, adapt, copy_full_, full_tensor
+from lora_converter.adapted import AdaptedModule, adapt
 from lora_converter.peft import from_model
 from lora_converter.run.job import Job
 from lora_converter.sync import AdapterReceiver, IncrementReceiver, pack
+from lora_converter.tensors import copy_full_, full_tensor
 
 
 class BiasAdapter(AdaptedModule):

@@ -1,0 +1,135 @@
+"""An adapter in Hugging Face's names: what a PEFT directory holds, in memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lora_converter.config import scaling
+from lora_converter.hf.peft_config import PEFT_VERSION
+from lora_converter.hf.peft_patterns import exact_pattern
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An adapter in Hugging Face's names.
+
+    Attributes:
+        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank). Each has a rank of its own.
+        rank: Of the modules, if they have one; else the most common.
+        alpha: Of the modules that `alphas` does not name.
+        target_modules: As PEFT matches them: whole names, or last parts of names.
+        base_model: Where the base is, for people and loaders; may be empty.
+    """
+
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    target_modules: list[str]
+    base_model: str = ""
+    fan_in_fan_out: bool = False
+    """The weights of the base are said to be (in_features, out_features): transformers' GPT-2."""
+    base_fingerprint: str = ""
+    """Of the base in the trainer's names (`fingerprint.py`), in the header of the weights; empty if not known."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Module -> alpha, of those with another one than `alpha`."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Modules, named by their weights, that PEFT would mistake for experts' if it were given them as modules."""
+    base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Key -> weight of the base that PEFT stores beside the factors of an embedding, a head or a resized vocabulary."""
+
+    @property
+    def scaling(self) -> float:
+        """Factor of B A of the modules that have the adapter's own rank and alpha."""
+        return scaling(self.rank, self.alpha, self.use_rslora)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module."""
+        return self.factors[module][0].shape[0]
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha of one module."""
+        return self.alphas.get(module, self.alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """Factor of one module's B A."""
+        return scaling(self.rank_of(module), self.alpha_of(module), self.use_rslora)
+
+    def delta_weight(self, module: str) -> torch.Tensor:
+        """The update of a module's weight, in the weight's own shape as `fan_in_fan_out` has it, fp32."""
+        left, right = self.delta_factors(module, transposed=self.fan_in_fan_out)
+        return self.scaling_of(module) * (left @ right)
+
+    def delta_factors(self, module: str, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two matrices whose product, scaled, is the update, fp32; rows of the first give its rows.
+
+        Args:
+            transposed: The weight is (in_features, out_features).
+        """
+        a, b = (factor.float() for factor in self.factors[module])
+        return (a.t(), b.t()) if transposed else (b, a)
+
+    def check_finite(self, what: str) -> None:
+        """Refuses factors that hold nan or inf.
+
+        Raises:
+            ValueError: Some do; all are named.
+        """
+        if broken := self.not_finite():
+            raise ValueError(f"{what}: the factors of {', '.join(broken)} hold nan or inf.")
+
+    def not_finite(self) -> list[str]:
+        """The modules whose factors hold nan or inf."""
+        return [module for module, pair in self.factors.items() if not all(map(is_finite, pair))]
+
+
+def base_weights_in_training(what: str, base_weights: Iterable[str]) -> str:
+    """What to say of an adapter that brings weights of the base where adapters alone are read."""
+    return (
+        f"{what} brings {', '.join(base_weights)} of another base than this one: its embedding was trained, or its "
+        "vocabulary resized. Merge it first (`lora-converter merge`), and train on the result."
+    )
+
+
+def config_of(adapter: PeftAdapter) -> dict[str, Any]:
+    """`adapter_config.json`: every field that a reader may look at; PEFT fills in its defaults for the rest."""
+    everything = list(adapter.factors)
+    ranks = {module: adapter.rank_of(module) for module in everything}
+    alphas = {module: _short_number(adapter.alpha_of(module)) for module in everything}
+    alpha = _short_number(adapter.alpha)
+    only_if_on = {
+        "alpha_pattern": exact_pattern(alphas, alpha, everything),
+        "rank_pattern": exact_pattern(ranks, adapter.rank, everything),
+        "target_parameters": sorted(adapter.target_parameters),
+    }
+    return {
+        **{name: value for name, value in only_if_on.items() if value},
+        "base_model_name_or_path": adapter.base_model or None,
+        "bias": "none",
+        "fan_in_fan_out": adapter.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if adapter.target_parameters else adapter.dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": PEFT_VERSION,
+        "r": adapter.rank,
+        "target_modules": sorted(adapter.target_modules),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": adapter.use_rslora,
+    }
+
+
+def _short_number(value: float) -> float:
+    """As an integer where it is one, as PEFT writes it."""
+    return int(value) if value == int(value) else value
+
+
+def is_finite(factor: torch.Tensor) -> bool:
+    """Without a mask of the factor's size."""
+    return not factor.numel() or all(bool(extreme.isfinite()) for extreme in factor.aminmax())

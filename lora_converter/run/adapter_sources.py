@@ -1,0 +1,132 @@
+"""Adapters from elsewhere: another run's step folder, or a PEFT directory. `check`, then `load`, as all sources.
+
+AdapterSource    another run's step folder: its adapters alone
+PeftSource       a PEFT directory
+"""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lora_converter.adapted import check_peft_forms
+from lora_converter.dcp.folder import check_fits, stored_in
+from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.hf.bridge import from_peft
+from lora_converter.hf.merge_plan import is_same_weight
+from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.hf.peft_adapter import base_weights_in_training
+from lora_converter.ranks import agreed, together, union_over_ranks
+from lora_converter.run.description import (
+    DESCRIPTION,
+    Description,
+    adapters_in,
+    check_same_base,
+    check_same_run,
+)
+from lora_converter.run.model import RunModel
+from lora_converter.run.peft_io import load_peft_everywhere
+from lora_converter.run.steps import Step
+from lora_converter.tensors import copy_full_, full_tensor
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_OPTION = "lora.initial_adapter_path"
+
+
+class AdapterSource:
+    """The adapters of another run's step folder."""
+
+    def __init__(self, model: RunModel, path: str):
+        self._model, self._path = model, path
+
+    def check(self) -> None:
+        """Compares settings, keys and shapes."""
+        hint = "It has no adapter_config.json either, so it is no PEFT directory."
+        stored = stored_in(self._path, ADAPTER_OPTION, hint=hint)
+        description = together(lambda: Description.read(self._path))
+        self._step = Step(0, Path(self._path), stored, description=description)
+        self._base_fingerprint = check_run_of_step(self._model, self._step)
+        check_fits(self._model.adapters.state_dict(), stored, f"{ADAPTER_OPTION}: {self._path}")
+
+    def load(self) -> None:
+        """Loads the adapters alone."""
+        assert self._step.stored is not None
+        check_base_of_adapter(self._model, self._path, self._base_fingerprint)
+        logger.info(f"LoRA: starting from the adapters in {self._path}.")
+        state_dict = self._model.adapters.state_dict()
+        load_dcp(state_dict, self._path, self._step.stored)
+        self._model.adapters.load_state_dict(state_dict)
+
+
+class PeftSource:
+    """A PEFT directory."""
+
+    def __init__(self, model: RunModel, path: str):
+        self._model, self._path = model, path
+
+    def check(self) -> None:
+        """Compares settings, names and shapes."""
+        model, adapter = self._model, self._model.host.state_dict_adapter
+        assert adapter is not None
+        check_peft_forms_everywhere(model)
+        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path)
+        names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
+        description = model.description
+        there = replace(description, lora={"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora})
+        check_same_run(self._path, there, description, there=adapted, here=adapted)
+        self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
+        own = {weight: configs[weight.rpartition(".")[0]] for weight in names}
+        self._state_dict = from_peft(adapter, peft, names, linears, configs=own, what=self._path)
+        self._base_fingerprint = peft.base_fingerprint
+
+    def load(self) -> None:
+        """Copies each rank's part, once the base is known to be the adapter's."""
+        check_base_of_adapter(self._model, self._path, self._base_fingerprint)
+        _check_copies(self._model, self._copies, self._path)
+        logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
+        for name, param in self._model.adapters.state_dict().items():
+            copy_full_(param, self._state_dict[name])
+
+
+def _copies_of_base(
+    adapter: StateDictAdapter, base_weights: dict[str, torch.Tensor], path: str
+) -> dict[str, torch.Tensor]:
+    """The weights of a base that an adapter brings, in the host's names."""
+    try:
+        return adapter.from_hf(base_weights) if base_weights else {}
+    except Exception as e:  # whatever a host's adapter does with keys that it does not know
+        raise ValueError(f"{base_weights_in_training(path, base_weights)} (The host does not know them: {e!r})") from e
+
+
+def _check_copies(model: RunModel, copies: dict[str, torch.Tensor], path: str) -> None:
+    """Refuses an adapter that brings other weights than the base has that is loaded."""
+    if not copies:
+        return
+    here = {name: full_tensor(value) for name, value in model.base.state_dict().items() if name in copies}
+    other = [name for name, value in here.items() if not is_same_weight(copies[name].to(value.device), value)]
+    unknown = sorted(copies.keys() - set(union_over_ranks(list(here))))
+    if found := union_over_ranks(other) + unknown:
+        raise ValueError(base_weights_in_training(path, found))
+    logger.info(f"LoRA: {', '.join(copies)} of {path} are the base's own, and dropped.")
+
+
+def check_peft_forms_everywhere(model: RunModel) -> None:
+    """Refuses a run with adapters that PEFT has no form for, on all ranks."""
+    together(lambda: check_peft_forms(model.adapted))
+
+
+def check_run_of_step(model: RunModel, step: Step) -> str:
+    """Refuses a step of another run. Returns the fingerprint of its base."""
+    assert step.stored is not None
+    described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
+    there, foreign = adapters_in(step.stored, model.kinds, model.base_names())
+    here = model.adapted_fqns()
+    return check_same_run(f"{step.path}", described, model.description, there=there, here=here, foreign=foreign)
+
+
+def check_base_of_adapter(model: RunModel, path: str, recorded: str) -> None:
+    job = model.host.job
+    source = job.base.path if job.base else "None"
+    check_same_base(path, recorded, source, model.base_fingerprint, accept=job.config.accept_other_base)

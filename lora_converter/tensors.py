@@ -1,0 +1,27 @@
+"""Tensors that may be sharded: the whole, this rank's part, and one in the layout of the other."""
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def full_tensor(value: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded; a collective then."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(full: torch.Tensor, param: torch.Tensor) -> torch.Tensor:
+    """A whole tensor in the layout of `param`: this rank's slice of it, without communication."""
+    if isinstance(param, DTensor):
+        return distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+    return full
+
+
+@torch.no_grad()
+def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
+    """Copies the full tensor into `param`: all of it, or this rank's slice of a DTensor, without communication."""
+    param.copy_(shard_like(full, param))
+
+
+def local_part(value: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
