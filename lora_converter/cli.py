@@ -1,6 +1,7 @@
 """`lora-converter merge | export | inspect`: the tools that need no training job."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. A user's mistake ends in its message and exit code 1, without a traceback."""
     options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lora_converter").setLevel(logging.INFO)
     try:
         print(options.run(options))
     except (ValueError, OSError) as e:
@@ -40,13 +43,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--output", required=True, help="directory to make; must not exist")
     export.add_argument("--base", default="", help="what to record as the adapter's base (default: the run's own)")
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the adapter (default: float32)")
+    _add_import(export)
     export.set_defaults(run=_export)
 
     inspect = commands.add_parser("inspect", help="what an adapter or a merged model holds")
     inspect.add_argument("path", help="PEFT directory, step folder of a LoRA run, or merged directory")
     inspect.add_argument("--base", help="Hugging Face directory of the base: shows the size of each update beside it")
+    _add_import(inspect)
     inspect.set_defaults(run=_inspect)
     return parser
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--import",
+        dest="custom_import",
+        default="",
+        metavar="MODULE",
+        help="module that registers the model, for a step folder (default: the run's experimental.custom_import)",
+    )
 
 
 def _merge(options: argparse.Namespace) -> str:
@@ -55,7 +70,7 @@ def _merge(options: argparse.Namespace) -> str:
 
 
 def _export(options: argparse.Namespace) -> str:
-    adapter = _read_step(options.checkpoint, base=options.base)
+    adapter = _read_step(options.checkpoint, options.custom_import, base=options.base)
     save_peft(adapter, options.output, dtype=DTYPES[options.dtype])
     return f"Wrote {len(adapter.factors)} adapted linears as a PEFT directory: {options.output}"
 
@@ -65,17 +80,19 @@ def _inspect(options: argparse.Namespace) -> str:
         return describe_adapter(load_peft(options.path), base=options.base)
     if any(Path(options.path).glob("*.safetensors")):
         return describe_model(options.path, base=options.base)
-    return describe_adapter(_read_step(options.path), base=options.base)
+    return describe_adapter(_read_step(options.path, options.custom_import), base=options.base)
 
 
-def _read_step(path: str, *, base: str = "") -> PeftAdapter:
+def _read_step(path: str, custom_import: str, *, base: str = "") -> PeftAdapter:
+    if custom_import:
+        sys.path.insert(0, "")  # modules of the folder that the user stands in, as under torchrun -m
     from lora_converter.titan import cpu
 
     cpu.prepare()  # before torchtitan
     from lora_converter.run.peft_io import read_step_as_peft
     from lora_converter.titan.models import model_on_meta
 
-    return read_step_as_peft(path, model_on_meta, base=base)
+    return read_step_as_peft(path, model_on_meta, base=base, custom_import=custom_import)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ torch.compile, activation checkpointing, FSDP1 and DDP put a wrapper around a mo
 `_orig_mod`, `_checkpoint_wrapped_module`, `_fsdp_wrapped_module` or `module` in it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch.nn as nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -15,6 +15,14 @@ _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 def without_wrappers(name: str) -> str:
     """A name or key without what wrappers put into it, but for DDP's `module`, which a model may have itself."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
+def known_key(key: str, known: Container[str]) -> str:
+    """The one of `known` that a state dict's key is, without what wrappers have put into it; else the key itself."""
+    plain = without_wrappers(key)
+    while plain not in known and plain.startswith("module."):
+        plain = plain.removeprefix("module.")
+    return plain if plain in known else key
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from collections import Counter
 import torch.nn as nn
 
 from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacked_experts
+from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import linears_like_experts
 from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
@@ -73,6 +74,7 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     Raises:
         ValueError: Names, shapes or the scaling do not fit; nothing is written.
     """
+    adapter = adapter.renamed(Aliases(adapter_configs(model)))
     params = dict(plain_parameters(model))
     copies = adapter.base_weights.items()
     other = [n for n, copy in copies if n not in params or not is_same_weight(copy, full_tensor(params[n]))]

@@ -13,6 +13,7 @@ import torch.nn as nn
 from lora_converter.adapted import adapted_modules, adapter_parameters, adapters_at_rest
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
+from lora_converter.names import known_key
 from lora_converter.tensors import copy_full_, full_tensor
 
 T = TypeVar("T")
@@ -28,11 +29,18 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
 def split_state_dict(state_dict: Mapping[str, T], model: nn.Module) -> tuple[dict[str, T], dict[str, T]]:
     """A model's state dict as two: its adapters' entries, and the rest, which is the base's own state dict.
 
-    Entries are told apart by what the model declares to be an adapter's, whatever their names contain.
+    Entries are told apart by what the model declares to be an adapter's, whatever their names contain. The adapters'
+    come under the plain model's names, whatever it has been wrapped in.
     """
     names = adapter_parameters(model).keys()
-    adapter = {name: value for name, value in state_dict.items() if name in names}
-    return adapter, {name: value for name, value in state_dict.items() if name not in names}
+    adapter, rest = {}, {}
+    for key, value in state_dict.items():
+        name = known_key(key, names)
+        if name in names:
+            adapter[name] = value
+        else:
+            rest[key] = value
+    return adapter, rest
 
 
 @torch.no_grad()
@@ -67,6 +75,7 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Ten
     if strict or adapter_parameters(model):
         adapters_at_rest(model)
     params = adapter_parameters(model)
+    state_dict = {known_key(key, params): value for key, value in state_dict.items()}
     misfit = Misfit(
         missing=sorted(params.keys() - state_dict.keys()),
         unknown=sorted(state_dict.keys() - params.keys()) if strict else [],

@@ -22,9 +22,7 @@ def subclass_with(mixin: type, cls: type) -> type:
 
 @functools.cache
 def _subclass(mixin: Any, cls: Any) -> type:
-    return type(
-        f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__, "swapped_in": mixin}
-    )
+    return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__, "_mixin": mixin})
 
 
 def recipe_of(cls: type) -> Any:

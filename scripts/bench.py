@@ -136,7 +136,7 @@ def checks(options: argparse.Namespace) -> Results:
         enabled = ["--checkpoint.enable", f"--job.dump_folder={folder}", *options.options]
         trainer = make_trainer("lora", *enabled)
         checkpointer, (model,) = trainer.checkpointer, trainer.model_parts
-        base = checkpointer.base.state_dict()
+        base = checkpointer.run.model.base.state_dict()
         save(base, checkpoint_id=f"{folder}/base")
         steps = {
             "read": lambda: load(base, f"{folder}/base", read_metadata(f"{folder}/base")),

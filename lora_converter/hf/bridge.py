@@ -7,20 +7,28 @@ Names, row orders and splits are the StateDictAdapter's (`naming.py`); which par
 adapted module's to say (`AdaptedModule.peft_factors`).
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from pathlib import Path
 
 import torch
 
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
-from lora_converter.hf.folder import FLOATS, weight_shapes
-from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_name, hf_names
+from lora_converter.hf.folder import open_model
+from lora_converter.hf.merge_plan import can_be_merged
+from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.peft_directory import PeftAdapter
 
 _NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+
+logger = logging.getLogger(__name__)
+
+NO_DROPOUT = (
+    "LoRA: PEFT takes no dropout on linears that are named by their weights, as those beside routed experts are: the "
+    "directory says 0 in place of %g, which lora.json keeps."
+)
 
 _NUMBERED = re.compile(r"\.\d+\.")
 
@@ -75,13 +83,15 @@ def to_peft(
             )
             own_alphas[hf.name] = (alphas or {}).get(weight, config.alpha)
     as_parameters = linears_like_experts(factors) if has_experts else []
+    if as_parameters and config.dropout:
+        logger.warning(NO_DROPOUT, config.dropout)
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=_shortest_targets(factors.keys() - set(as_parameters), _hf_names(adapter, linears)),
+        target_modules=_shortest_targets(factors.keys() - set(as_parameters), names_of_linears(adapter, linears)),
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         alphas={module: alpha for module, alpha in own_alphas.items() if alpha != config.alpha},
@@ -131,13 +141,13 @@ def check_mergeable(adapter: StateDictAdapter, linears: LinearShapes, adapted: I
     Raises:
         ValueError: Some are not; all are named.
     """
-    weights = weight_shapes(Path(base))
+    folder = open_model(base)
     names = [
-        f"{name}.weight"
+        name
         for fqn in adapted
         for name in hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
     ]
-    wrong = [name for name in names if name not in weights or weights[name][2] not in FLOATS.values()]
+    wrong = [f"{name}.weight" for name in names if not can_be_merged(folder, name)]
     if wrong:
         raise ValueError(
             f"lora.save_merged: {len(wrong)} adapted weights are not in {base}, or quantized there: "
@@ -191,18 +201,18 @@ def from_peft(
     return state_dict
 
 
-def _hf_names(adapter: StateDictAdapter, linears: LinearShapes) -> set[str]:
-    """Of all linears that Hugging Face's model has."""
-    names = set()
+def names_of_linears(adapter: StateDictAdapter, linears: LinearShapes) -> list[str]:
+    """Hugging Face's names of all linears that it has."""
+    names = []
     for fqn, (out_features, in_features) in linears.items():
         try:
-            names.add(hf_name(adapter, fqn, out_features=out_features, in_features=in_features))
+            names += hf_names(adapter, fqn, out_features=out_features, in_features=in_features)
         except ValueError:
             continue  # adapted ones were found before; the others need no name
     return names
 
 
-def _shortest_targets(adapted: AbstractSet[str], everything: set[str]) -> list[str]:
+def _shortest_targets(adapted: AbstractSet[str], everything: Iterable[str]) -> list[str]:
     """PEFT's `target_modules`: last parts of names where they mean exactly the adapted linears, else whole names.
 
     A decoder that is not at `model.layers` is one part of a larger model (`language_model.model.layers` of Llama 4),

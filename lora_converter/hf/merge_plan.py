@@ -6,20 +6,16 @@ headers and `config.json`, or refused by name.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from safetensors import safe_open
 
+from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.folder import ModelFolder
 from lora_converter.hf.peft_adapter import PeftAdapter
 
 logger = logging.getLogger(__name__)
-
-_WRAPPERS = {"model", "transformer", "language_model", "base_model", "module", "text_model", "gpt_neox", "backbone"}
-"""Parts of names that one program puts before a module and another leaves out."""
 
 _HEADS = {"lm_head", "embed_out", "output"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
@@ -95,15 +91,21 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
     return plan
 
 
+def can_be_merged(base: ModelFolder, module: str) -> bool:
+    """Whether a module's weight is in the base, or tied to one that is, and not quantized."""
+    keys = _Keys(base)
+    key = keys.find(module) or keys.embedding_of(module)
+    return key is not None and base.weights[key][1].is_float
+
+
 class _Keys:
     """The base's keys, found by an adapter's modules."""
 
     def __init__(self, base: ModelFolder):
         self._base = base
-        self._by_end: dict[str, list[str]] = defaultdict(list)
-        for key in base.weights:
-            if key.endswith(".weight"):
-                self._by_end[_last(key.removesuffix(".weight"))].append(key)
+        modules = [key.removesuffix(".weight") for key in base.weights if key.endswith(".weight")]
+        self._aliases = Aliases(modules, str(base.config.get("model_type", "")))
+        self._embeddings = [f"{module}.weight" for module in modules if _last(module) in _EMBEDDINGS]
 
     def shape(self, key: str, plan: MergePlan) -> list[int]:
         """Of a weight of the merged model before its update."""
@@ -113,7 +115,7 @@ class _Keys:
         """The key of the weight that a module's update is added to."""
         key = self.find(module)
         if key is None:
-            key, embedding = f"{module}.weight", self._embedding_of(module)
+            key, embedding = f"{module}.weight", self.embedding_of(module)
             if embedding is None:
                 raise ValueError(f"{key} is not in the base")
             plan.added[key], plan.untied = embedding, True
@@ -127,26 +129,14 @@ class _Keys:
         return key
 
     def find(self, module: str) -> str | None:
-        """The key of a module's weight: by its name, or by the one name that differs in wrappers alone."""
-        if f"{module}.weight" in self._base.weights:
-            return f"{module}.weight"
-        candidates: dict[int, list[str]] = defaultdict(list)
-        for key in self._by_end.get(_last(module), []):
-            common, ours, theirs = _common_end(module, key.removesuffix(".weight"))
-            if {*ours, *theirs} <= _WRAPPERS:
-                candidates[common].append(key)
-        if not candidates:
-            return None
-        best = candidates[max(candidates)]
-        if len(best) > 1:
-            raise ValueError(f"{module} may be any of {', '.join(best)}")
-        logger.info("%s of the adapter is %s of the base.", module, best[0].removesuffix(".weight"))
-        return best[0]
+        """The key of a module's weight, under whatever name."""
+        name = self._aliases.find(module)
+        return None if name is None else f"{name}.weight"
 
     def settle_copy(self, key: str, value: torch.Tensor, plan: MergePlan) -> None:
         """Drops a copy of a base weight that equals it, and takes another one in its place."""
         found = self.find(key.removesuffix(".weight"))
-        source = found or self._embedding_of(key.removesuffix(".weight"))
+        source = found or self.embedding_of(key.removesuffix(".weight"))
         if source is None:
             raise ValueError(f"{key}, which the adapter brings, is not in the base")
         if is_same_weight(value, _read(self._base, source)):
@@ -157,12 +147,11 @@ class _Keys:
         plan.replaced[found or key] = value
         logger.warning("%s is taken from the adapter, %s, in place of the base's.", key, tuple(value.shape))
 
-    def _embedding_of(self, module: str) -> str | None:
+    def embedding_of(self, module: str) -> str | None:
         """Where the weight of an output head is that has none: the embedding's, if it is tied to it."""
         if _last(module) not in _HEADS or not _is_tied(self._base):
             return None
-        found = [key for end in _EMBEDDINGS for key in self._by_end.get(end, [])]
-        return found[0] if len(found) == 1 else None
+        return self._embeddings[0] if len(self._embeddings) == 1 else None
 
 
 def is_same_weight(copy: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -204,12 +193,3 @@ def _read(base: ModelFolder, key: str) -> torch.Tensor:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _common_end(ours: str, theirs: str) -> tuple[int, Iterable[str], Iterable[str]]:
-    """How many last parts two names share, and what each has before them."""
-    a, b = ours.split("."), theirs.split(".")
-    common = 0
-    while common < min(len(a), len(b)) and a[-1 - common] == b[-1 - common]:
-        common += 1
-    return common, a[: len(a) - common], b[: len(b) - common]

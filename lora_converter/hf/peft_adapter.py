@@ -1,12 +1,13 @@
 """An adapter in Hugging Face's names: what a PEFT directory holds, in memory."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from lora_converter.config import scaling
+from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.peft_patterns import exact_pattern
 
@@ -45,6 +46,21 @@ class PeftAdapter:
     def scaling(self) -> float:
         """Factor of B A of the modules that have the adapter's own rank and alpha."""
         return scaling(self.rank, self.alpha, self.use_rslora)
+
+    def renamed(self, known: Aliases) -> "PeftAdapter":
+        """The same adapter under the names that its modules have here; what is not found keeps its own.
+
+        Raises:
+            ValueError: See `Aliases.find_all`.
+        """
+        found = known.find_all(self.factors)
+        if all(module == name for module, name in found.items()):
+            return self
+        return replace(
+            self,
+            factors={found.get(module, module): pair for module, pair in self.factors.items()},
+            alphas={found.get(module, module): alpha for module, alpha in self.alphas.items()},
+        )
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
@@ -101,8 +117,8 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
     alphas = {module: _short_number(adapter.alpha_of(module)) for module in everything}
     alpha = _short_number(adapter.alpha)
     only_if_on = {
-        "alpha_pattern": exact_pattern(alphas, alpha, everything),
-        "rank_pattern": exact_pattern(ranks, adapter.rank, everything),
+        "alpha_pattern": exact_pattern(alphas, alpha, everything, as_parameters=adapter.target_parameters),
+        "rank_pattern": exact_pattern(ranks, adapter.rank, everything, as_parameters=adapter.target_parameters),
         "target_parameters": sorted(adapter.target_parameters),
     }
     return {

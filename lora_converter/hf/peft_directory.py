@@ -139,7 +139,9 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         target_parameters=as_list(config.get("target_parameters")),
         base_weights=base_weights,
     )
-    _check_factors(adapter, config.get("rank_pattern") or {}, str(folder))
+    patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
+    ranks = {module: match_pattern(patterns, module, adapter.rank, what) for module in factors}
+    _check_factors(adapter, ranks, str(folder))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
@@ -152,7 +154,7 @@ def _sorted_out(
     halves: dict[str, dict[str, torch.Tensor]] = {}
     base_weights: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        plain = without_wrappers(key)
+        plain = without_wrappers(key).removeprefix("module.")
         if match := _KEY.fullmatch(plain):
             pair = halves.setdefault(match["module"], {})
             if match["factor"] in pair:
@@ -187,12 +189,15 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
         raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
 
 
-def _check_factors(adapter: PeftAdapter, rank_pattern: Mapping[str, int], what: str) -> None:
+def _check_factors(adapter: PeftAdapter, ranks: Mapping[str, int], what: str) -> None:
+    """Refuses factors that do not fit together, or have another rank than `ranks` gives to their module."""
     for module, (a, b) in adapter.factors.items():
-        rank = match_pattern(rank_pattern, module, adapter.rank, f"{what}: rank_pattern")
+        rank = ranks[module]
         shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
         if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == rank):
-            experts = " Adapters on stacked experts are not read." if adapter.target_parameters else ""
-            raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{experts}")
+            why = " Adapters on stacked experts are not read." if adapter.target_parameters else ""
+            if rank != adapter.rank:
+                why += f" It is rank_pattern that gives it r = {rank}: the first key that matches counts, as in PEFT."
+            raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{why}")
         if not {a.dtype, b.dtype} <= FLOATS.keys():
             raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")

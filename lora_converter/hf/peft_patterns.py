@@ -8,6 +8,8 @@ from typing import Any
 def match_pattern(table: Mapping[str, Any], module: str, default: Any, what: str) -> Any:
     """What one of PEFT's tables gives to a module: the first key that matches the name or a dotted end of it.
 
+    A module that is adapted as a parameter goes by its weight's name there.
+
     Args:
         table: `rank_pattern` or `alpha_pattern`.
         what: The table, for messages.
@@ -19,7 +21,7 @@ def match_pattern(table: Mapping[str, Any], module: str, default: Any, what: str
         if key == module:  # which most expressions are, once an adapter has been written here
             return value
         try:
-            found = re.match(rf"(.*\.)?({key})$", module)
+            found = re.match(rf"(.*\.)?({key})$", module) or re.match(rf"(.*\.)?({key})$", f"{module}.weight")
         except re.error as e:
             raise ValueError(f"{what}: {key!r} is no regular expression ({e}).") from None
         if found:
@@ -27,21 +29,29 @@ def match_pattern(table: Mapping[str, Any], module: str, default: Any, what: str
     return default
 
 
-def exact_pattern(values: Mapping[str, Any], default: Any, everything: Iterable[str]) -> dict[str, Any]:
+def exact_pattern(
+    values: Mapping[str, Any], default: Any, everything: Iterable[str], *, as_parameters: Iterable[str] = ()
+) -> dict[str, Any]:
     """A table of PEFT's that gives each module its value, and every other one of `everything` the default.
 
-    Keys are whole names, which PEFT takes for expressions that also match at a dotted end: longer names come first, and
-    a module that would be matched by the key of another gets one of its own.
+    Keys are whole names. PEFT takes them for expressions that also match at a dotted end: a name that is the end of
+    another module's gets an expression that matches nothing else, so that the order, which PEFT changes when it saves,
+    does not matter. Modules that PEFT adapts as parameters, named in `as_parameters` by their weights, go by either
+    name: other loaders know them as modules.
     """
-    needed = {module: value for module, value in values.items() if value != default}
-    caught = [m for m in everything if m not in needed and match_pattern(needed, m, default, "") != default]
-    table = needed | {module: values.get(module, default) for module in caught}
-    ordered = sorted(table, key=lambda name: (-len(name), name))
-    return {name if _matches_itself(name) else re.escape(name): table[name] for name in ordered}
+    everything = list(everything)
+    parameters = {name.removesuffix(".weight") for name in as_parameters}
+    table = {}
+    for module in sorted(module for module, value in values.items() if value != default):
+        key = module if _means_one(module, everything) else rf"(?<!\.){re.escape(module)}"
+        table[key + r"(\.weight)?" * (module in parameters)] = values[module]
+    return table
 
 
-def _matches_itself(name: str) -> bool:
+def _means_one(name: str, everything: Iterable[str]) -> bool:
+    """Whether a name, as PEFT's expression, matches itself and none of the others."""
     try:
-        return re.fullmatch(name, name) is not None
+        expression = re.compile(rf"(.*\.)?({name})$")
     except re.error:
         return False
+    return bool(expression.match(name)) and not any(expression.match(m) for m in everything if m != name)

@@ -68,17 +68,18 @@ class PeftSource:
 
     def check(self) -> None:
         """Compares settings, names and shapes."""
-        model, adapter = self._model, self._model.host.state_dict_adapter
+        model, adapter = self._model, self._model.host.naming
         assert adapter is not None
         check_peft_forms_everywhere(model)
-        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path)
         names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
+        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path, adapter, linears)
         description = model.description
-        there = replace(description, lora={"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora})
+        own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
+        there = replace(description, lora={**description.lora, **own})
         check_same_run(self._path, there, description, there=adapted, here=adapted)
         self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
-        own = {weight: configs[weight.rpartition(".")[0]] for weight in names}
-        self._state_dict = from_peft(adapter, peft, names, linears, configs=own, what=self._path)
+        of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
+        self._state_dict = from_peft(adapter, peft, names, linears, configs=of_weights, what=self._path)
         self._base_fingerprint = peft.base_fingerprint
 
     def load(self) -> None:

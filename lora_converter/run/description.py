@@ -43,6 +43,7 @@ class Description:
         base: Where the base weights came from; empty if the step holds them itself.
         base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
         lora: The fields of `LoRAConfig`.
+        custom_import: Module that registered the model with the host; empty if the host has it.
     """
 
     model: str
@@ -50,12 +51,14 @@ class Description:
     base: str
     lora: dict[str, Any]
     base_fingerprint: str = ""
+    custom_import: str = ""
 
     @staticmethod
     def of_job(job: Job, base_fingerprint: str) -> "Description":
         """That of a job's steps."""
         lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
-        return Description(job.model, job.flavor, job.base.path if job.base else "", lora, base_fingerprint)
+        base = job.base.path if job.base else ""
+        return Description(job.model, job.flavor, base, lora, base_fingerprint, job.custom_import)
 
     @staticmethod
     def read(folder: str | Path) -> "Description | None":
@@ -67,14 +70,14 @@ class Description:
         path = Path(folder) / DESCRIPTION
         try:
             found = read_json(path)
-            description = Description(**{"base_fingerprint": "", **found})
+            description = Description(**found)
             LoRAConfig(**description.lora)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except TypeError as e:
             raise ValueError(f"{path} is damaged ({e}).") from None
-        others = (description.model, description.flavor, description.base, description.base_fingerprint)
-        if not all(isinstance(value, str) for value in others):
+        others = {name: value for name, value in vars(description).items() if name != "lora"}
+        if not all(isinstance(value, str) for value in others.values()):
             raise ValueError(f"{path} is damaged: model, flavor and base must be strings.")
         return description
 

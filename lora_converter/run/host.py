@@ -49,6 +49,9 @@ class Host(Protocol):
     state_dict_adapter: StateDictAdapter | None
     """None where the host cannot express the model in Hugging Face's terms."""
 
+    naming: StateDictAdapter | None
+    """The same, to be asked for the names of single weights: an output head that is tied has one too."""
+
     def canonical_name(self, fqn: str) -> str:
         """A parameter's name on any host. Seeds and fingerprints go by it."""
 
@@ -62,8 +65,11 @@ class Host(Protocol):
 class ModelSource(Protocol):
     """What a host gives without a job: its models, for tools that read step folders."""
 
-    def __call__(self, model: str, flavor: str) -> tuple[nn.Module, StateDictAdapter]:
+    def __call__(self, model: str, flavor: str, custom_import: str = "") -> tuple[nn.Module, StateDictAdapter]:
         """The model on the meta device, and its StateDictAdapter.
+
+        Args:
+            custom_import: Module to import first, which registers the model.
 
         Raises:
             ValueError: The host has no such model, or cannot express it in Hugging Face's terms.

@@ -35,6 +35,14 @@ class RunConfig(LoRAConfig):
     step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
     """
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.initial_adapter_path, str):
+            raise ValueError(f"lora.initial_adapter_path = {self.initial_adapter_path!r}: must be a string.")
+        for name in ("accept_other_base", "save_merged"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class Base:
@@ -64,6 +72,7 @@ class Job:
         base: None for random weights, which every step then stores.
         exports_peft: The last step is a PEFT directory.
         export_dtype: Of what that holds.
+        custom_import: Module that registers the model with the host; empty if the host has it.
         not_loaded: Parts of a step that are left out of loading: "optimizer", "dataloader", ...
     """
 
@@ -76,4 +85,5 @@ class Job:
     base: Base | None = None
     exports_peft: bool = False
     export_dtype: torch.dtype = torch.float32
+    custom_import: str = ""
     not_loaded: tuple[str, ...] = ()

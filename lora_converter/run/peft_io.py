@@ -12,7 +12,8 @@ from lora_converter.config import LoRAConfig
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dcp.reader import read_metadata
 from lora_converter.files import digest
-from lora_converter.hf.bridge import LinearShapes, to_peft
+from lora_converter.hf.aliases import Aliases
+from lora_converter.hf.bridge import LinearShapes, names_of_linears, to_peft
 from lora_converter.hf.naming import StateDictAdapter, hf_name
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
@@ -26,15 +27,19 @@ from lora_converter.targets import select_targets
 C = TypeVar("C", bound=RunConfig)
 
 
-def load_peft_everywhere(path: str) -> PeftAdapter:
-    """`load_peft` on every rank, of one and the same adapter.
+def load_peft_everywhere(path: str, adapter: StateDictAdapter, linears: LinearShapes) -> PeftAdapter:
+    """`load_peft` on every rank, of one and the same adapter, under the names that the model's modules have.
+
+    Args:
+        adapter: The model's.
+        linears: All linears of the model.
 
     Raises:
         ValueError: On all ranks, if one cannot read its folder, or if they hold different adapters.
     """
     peft, found = together(lambda: (load_peft(path), digest(Path(path, CONFIG_FILE), Path(path, WEIGHTS_FILE))))
     agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
-    return peft
+    return peft.renamed(Aliases(names_of_linears(adapter, linears)))
 
 
 def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, linears: LinearShapes) -> C:
@@ -78,12 +83,13 @@ def _module_of(peft: PeftAdapter, adapter: StateDictAdapter, fqn: str, shape: tu
     return name if name in peft.factors else ""
 
 
-def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "") -> PeftAdapter:
+def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", custom_import: str = "") -> PeftAdapter:
     """The adapters of a step folder in Hugging Face's names, without a run.
 
     Args:
         models: The host's.
         base: For `base_model_name_or_path`; the run's own base if left out.
+        custom_import: Module that registers the model with the host; the run's own if left out.
 
     Raises:
         ValueError: It is no complete step folder of a LoRA run, damaged, or holds adapters that PEFT has no form for.
@@ -93,7 +99,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "") 
         raise ValueError(f"{path} is no complete step folder of a LoRA run: it has no {DESCRIPTION}.")
     metadata = read_metadata(path)
     try:
-        model, adapter = models(described.model, described.flavor)
+        model, adapter = models(described.model, described.flavor, custom_import or described.custom_import)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     stored, linears = metadata.state_dict_metadata, linear_shapes(model)

@@ -112,7 +112,7 @@ class Run:
     @torch.no_grad()
     def write_peft(self, path: str) -> None:
         """Writes the adapters as a PEFT directory, on rank 0. The other ranks do not wait for it."""
-        adapter = self.host.state_dict_adapter
+        adapter = self.host.naming
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, state_dict = self.model.has_experts(), self.model.gather_adapters()

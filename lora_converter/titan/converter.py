@@ -37,6 +37,7 @@ from lora_converter.titan.installed import install
 from lora_converter.titan.job import job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
+from lora_converter.titan.models import for_names
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
 
@@ -95,12 +96,14 @@ class LoRAConverter:
         adapter, config = self._state_dict_adapter(model), self.job_config.lora
         if adapter is None:
             raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
-        peft = load_peft_everywhere(config.initial_adapter_path)
-        return config_of_peft(config, peft, adapter, linear_shapes(model))
+        linears = linear_shapes(model)
+        peft = load_peft_everywhere(config.initial_adapter_path, adapter, linears)
+        return config_of_peft(config, peft, adapter, linears)
 
     def _state_dict_adapter(self, model: nn.Module) -> StateDictAdapter | None:
         spec = get_train_spec(self.job_config.model.name)
-        return spec.state_dict_adapter and spec.state_dict_adapter(cast(Any, model).model_args, None)
+        make = spec.state_dict_adapter
+        return make and for_names(make(cast(Any, model).model_args, None))
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do after a step."""

@@ -11,6 +11,7 @@ from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.run.description import LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from lora_converter.run.job import Job
 from lora_converter.titan.installed import change_trainer
+from lora_converter.titan.models import for_names
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 
 
@@ -33,6 +34,7 @@ class TitanHost:
     ):
         self.trainer = states[TRAIN_STATE]
         self.job, self.model_parts, self.state_dict_adapter = job, model_parts, adapter
+        self.naming: StateDictAdapter | None = for_names(adapter)
         optimizers = states[OPTIMIZER]
         self.optimizers, self.lr_schedulers = list(optimizers.optimizers), list(states[LR_SCHEDULER].schedulers)
         ours: dict[str, Stateful] = {OPTIMIZER: OptimizerState(optimizers.model_parts, optimizers.optimizers)}

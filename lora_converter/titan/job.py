@@ -24,6 +24,7 @@ def job_of(job_config: Any) -> Job:
         base=base_of(job_config),
         exports_peft=checkpoint.enable and checkpoint.last_save_in_hf,
         export_dtype=TORCH_DTYPE_MAP[checkpoint.export_dtype],
+        custom_import=job_config.experimental.custom_import,
         not_loaded=tuple(name for name in checkpoint.exclude_from_loading if name),
     )
 

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 from harness import Run, build, train
-from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss, tiny_qwen3
+from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -117,16 +117,6 @@ def test_save_merged_writes_a_model_that_transformers_loads(job, tmp_path: Path)
     with torch.no_grad():
         expected = merged.eval()(input_ids=TOKENS).logits
     torch.testing.assert_close(logits(run), expected, rtol=1e-5, atol=HF_MODELS[job[0]].atol)
-
-
-def test_a_head_that_the_base_does_not_store_is_refused_before_the_training(tmp_path: Path) -> None:
-    """Tied embeddings: there is no lm_head.weight to merge into."""
-    tiny_qwen3(tied=True).save_pretrained(tmp_path / "base")
-    options = ["--model.name=qwen3", "--model.flavor=hf_tiny", "--lora.save_merged", "--lora.target_modules=output"]
-    hf = [f"--checkpoint.initial_load_path={tmp_path}/base", "--checkpoint.initial_load_in_hf"]
-    last = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
-    with pytest.raises(ValueError, match=r"lora\.save_merged: 1 adapted weights are not in .*: lm_head\.weight\."):
-        build(tmp_path / "run", *options, *hf, *last)
 
 
 def test_export_import_export_is_byte_identical(job, tmp_path: Path) -> None:

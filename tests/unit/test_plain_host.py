@@ -33,7 +33,8 @@ class PlainHost:
         self.job = Job("plain", "tiny", RunConfig(rank=2, **config), seed=3, steps=steps, folder=str(folder))
         self.job = Job(**{**vars(self.job), "base": Base(str(base)) if base else None})
         model = make_model(init)  # other weights than the base's, until that is loaded
-        self.model_parts, self.meshes, self.data_rank, self.state_dict_adapter = [model], {}, 0, None
+        self.model_parts, self.meshes, self.data_rank = [model], {}, 0
+        self.state_dict_adapter = self.naming = None
         self.after_logging: list[Callable[[float], None]] = []
         self.step, self.losses = 0, []
         self.convert(model)
