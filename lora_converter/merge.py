@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lora_converter.files import appears_complete, read_json
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
 from lora_converter.hf.merge_plan import MergePlan, plan_merge
-from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.peft_adapter import PeftAdapter, is_finite
 from lora_converter.hf.peft_directory import load_peft
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def _merged_rows(
 
 def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:
     """Whether what is finite is so when it is rounded. A base that holds inf itself, in a mask say, keeps it."""
-    if result.dtype not in FLOATS:
+    if result.dtype not in FLOATS or is_finite(result):  # which takes no mask of its size
         return True
     return bool((result.isfinite() | rows.isinf()).all())
 

@@ -221,8 +221,9 @@ def _estrange(found: Specimen, shape: Base, rng: random.Random) -> None:
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
+    """In fp64, so that what differs is the weights: merged ones are rounded once, to fp32."""
     with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits
+        return model.double().eval()(input_ids=TOKENS).logits
 
 
 def read_base(specimen: Specimen) -> PreTrainedModel:
