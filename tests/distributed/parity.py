@@ -99,10 +99,16 @@ TABLE = {
 """The rows of the table in docs/parallelism.md."""
 
 DROPOUT = ("--lora.dropout=0.2",)
+PATTERNS = ("--lora.rank_pattern", "wq", "3", "layers.1.feed_forward.*", "6", "--lora.alpha_pattern", "w2", "5.0")
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
 VARIANTS = {
     "rank 3 and the output head, TP2": row(2, TP2, job=("--lora.rank=3", *HEAD_TOO)),
     "qwen3 and the output head, TP2": row(2, TP2, model="qwen3", job=HEAD_TOO),
+    "patterns, FSDP2": row(2, FSDP2, job=PATTERNS),
+    "patterns, TP2": row(2, TP2, job=PATTERNS),
+    "patterns, PP2": row(2, PP2, job=PATTERNS),
+    "patterns, CP2": row(2, CP2, job=PATTERNS),
+    "patterns, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=PATTERNS),
     "rsLoRA, FSDP2": row(2, FSDP2, job=("--lora.use_rslora",)),
     "adapters in the last layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.3.*",)),
     "adapters in the first layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.0.*",)),
