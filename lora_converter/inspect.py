@@ -24,11 +24,14 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
     """
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
-    scaling = f"alpha {adapter.alpha:g}, scaling {adapter.scaling:g}{' (rsLoRA)' if adapter.use_rslora else ''}"
+    ranks = _span(adapter.rank_of(module) for module in adapter.factors)
+    alphas = _span(adapter.alpha_of(module) for module in adapter.factors)
+    scalings = _span(adapter.scaling_of(module) for module in adapter.factors)
     known = adapter.base_fingerprint
     lines = [
-        f"rank {adapter.rank}, {scaling}, dropout {adapter.dropout:g}",
-        f"targets: {', '.join(adapter.target_modules)}",
+        f"rank {ranks}, alpha {alphas}, scaling {scalings}{' (rsLoRA)' if adapter.use_rslora else ''}, "
+        f"dropout {adapter.dropout:g}",
+        f"targets: {', '.join([*adapter.target_modules, *adapter.target_parameters])}",
         f"{len(adapter.factors)} linears, {parameters:,} parameters, {size:,} bytes",
         f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}",
         "",
@@ -74,6 +77,12 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         "",
     ]
     return "\n".join([*head, *lines])
+
+
+def _span(values: Iterable[float]) -> str:
+    """One number, or the smallest and the largest of several."""
+    several = sorted(set(values))
+    return f"{several[0]:g}" if len(several) == 1 else f"{several[0]:g} to {several[-1]:g}"
 
 
 def _update(update: torch.Tensor, weight: torch.Tensor | None) -> str:

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_converter.adapted import adapted_modules, adapter_parameters
 from lora_converter.peft import PeftAdapter, save_peft
+from lora_converter.ranks import together
 
 LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
 
@@ -129,6 +131,23 @@ def steps(folder: Path) -> None:
         ), message
 
 
+def bugs(folder: Path) -> None:
+    """A mistake of the code's on one rank keeps its own error there, and stops the others at once."""
+
+    def look_up() -> str:
+        return {0: "a"}[dist.get_rank()]
+
+    try:
+        together(look_up)
+    except KeyError as error:
+        assert dist.get_rank() == 1 and "look_up" in "".join(traceback.format_tb(error.__traceback__))
+    except RuntimeError as error:
+        assert dist.get_rank() == 0 and str(error) == "Rank 1 of 2: KeyError(1)", error
+    else:
+        raise AssertionError("accepted")
+    assert together(lambda: dist.get_rank()) == dist.get_rank()
+
+
 class Messages(logging.Handler):
     """The errors that this rank logs."""
 
@@ -214,6 +233,7 @@ CHECKS: dict[str, Callable[[Path], Any]] = {
     "machines with different settings": settings,
     "machines with different files": files,
     "machines with different steps": steps,
+    "a mistake of the code's on one rank": bugs,
     "shards of zeros": shards,
     **{
         f"faults under {name}": lambda folder, layout=layout: faults(folder, layout) for name, layout in LAYOUTS.items()
