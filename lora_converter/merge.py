@@ -155,8 +155,9 @@ def _merged_rows(
         result = rows.to(dtype)
         if (update is not None or result.dtype != weight.dtype) and not _stays_finite(rows, result):
             raise ValueError(
-                f"{key} does not fit into {str(dtype).removeprefix('torch.')}: it would hold nan or inf. Nothing is "
-                "written. Name a wider --dtype, bfloat16 say."
+                f"{key} does not fit into {str(dtype).removeprefix('torch.')}: of {plan.adapter} and {source} it would "
+                "hold nan or inf. Nothing is written. "
+                + ("Name a wider --dtype, bfloat16 say." if dtype == torch.float16 else "One of the two is damaged.")
             )
         yield result
 

@@ -61,15 +61,15 @@ def full(block: Block) -> nn.Module:
 
 
 def ours(block: Block) -> nn.Module:
-    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA)):
+    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=block.wq.weight.dtype):
         linear.lora_b.weight.data.normal_(std=0.01)
     return block
 
 
 def scale_on_output(block: Block) -> nn.Module:
-    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA)):
-        linear.lora_b.weight.data.normal_(std=0.01)
-        linear.__class__ = subclass_with(ScaleOnOutput, nn.Linear)
+    for linear in ours(block).modules():
+        if isinstance(linear, LoRALinear):
+            linear.__class__ = subclass_with(ScaleOnOutput, nn.Linear)
     return block
 
 

@@ -43,12 +43,14 @@ class MergePlan:
     """The merged model, as changes to the base's folder.
 
     Attributes:
+        adapter: Its name in messages.
         updates: Key of the merged model -> its update.
         replaced: Key -> weight that the adapter brings in place of the base's.
         added: Key that the base has not -> key whose weight it starts from and beside which it is written.
         untied: The output head has a weight of its own from now on.
     """
 
+    adapter: str
     updates: dict[str, Update] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
@@ -67,7 +69,7 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
     Raises:
         ValueError: Every module and weight that does not fit, with the reason.
     """
-    plan, problems = MergePlan(), []
+    plan, problems = MergePlan(adapter), []
     keys = _Keys(base)
     for module, (a, b) in peft.factors.items():
         try:

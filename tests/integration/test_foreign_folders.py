@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lora_converter.cli import main
+from lora_converter.inspect import describe_adapter
 from lora_converter.merge import merge_directories
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, load_peft
 
@@ -164,7 +165,8 @@ def test_what_does_not_fit_into_the_dtype_is_not_merged(hf_base: Path, tmp_path:
     ]
     assert main([*command, "--dtype", "float16"]) == 1
     error = capsys.readouterr().err
-    assert "q_proj.weight does not fit into float16: it would hold nan or inf. Nothing is written." in error
+    assert "q_proj.weight does not fit into float16: of " in error and "Name a wider --dtype" in error
+    assert str(tmp_path / "adapter") in error and str(hf_base) in error
     assert not (tmp_path / "out").exists()
     assert main([*command, "--dtype", "bfloat16"]) == 0
 
@@ -361,6 +363,8 @@ def test_patterns_train_resume_export_import_and_merge(hf_base: Path, tmp_path: 
         adapter.rank_of("model.layers.0.self_attn.q_proj") == 6
         and adapter.alpha_of("model.layers.3.mlp.down_proj") == 5
     )
+    told = describe_adapter(adapter).splitlines()[0]
+    assert told.startswith("rank 3 to 6, alpha 5 to ") and "scaling 1.25 to " in told
     start = build(tmp_path / "next", *on(hf_base), f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
     start.trainer.checkpointer.load()
     trained, started = adapter_state(run), adapter_state(start)

@@ -332,7 +332,6 @@ def check_round_trip(specimen: Specimen, folder: Path) -> None:
 def run(count: int, seed: int, folder: Path) -> Counter[str]:
     """Makes and checks; counts outcomes and traits."""
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("lora_converter").setLevel(logging.ERROR)
     counts: Counter[str] = Counter()
     for number in range(count):
         rng, here = random.Random(f"{seed}:{number}"), folder / f"{number}"
@@ -356,6 +355,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    logging.getLogger("lora_converter").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         for name, count in run(options.count, options.seed, Path(folder)).most_common():
             print(f"{count:5d}  {name}")
