@@ -105,8 +105,12 @@ class LoRALinear(AdaptedModule):
 
     def _mask(self, x: torch.Tensor, shards: DeviceMesh | None) -> torch.Tensor:
         """Dropout's mask: drawn for all features, as on one rank, of which this rank keeps its own."""
-        mask = torch.empty(*x.shape[:-1], self.in_features, dtype=torch.bool, device=x.device)
-        mask.bernoulli_(1 - self.lora_config.dropout)
+        shape, dropout = (*x.shape[:-1], self.in_features), self.lora_config.dropout
+        if torch.compiler.is_compiling():
+            # Not filled in place: Inductor's CPU code may run a product before the mask is there (torch 2.13).
+            mask = torch.rand(shape, device=x.device) >= dropout
+        else:
+            mask = torch.empty(shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)  # a byte, no more
         return mask if shards is None else shard_of_features(mask, shards, x.shape[-1])
 
     @torch.no_grad()

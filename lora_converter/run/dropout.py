@@ -6,7 +6,8 @@ that see other rows or other positions (data and context parallelism) draw other
 the same rows, draw the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ class DropoutSeeds:
     def continue_after(self, step: int) -> None:
         """The next training forward belongs to step + 1."""
         self._steps_done = step
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """What is drawn in here belongs to no step: the next forward is seeded as it would have been."""
+        steps_done = self._steps_done
+        yield
+        self._steps_done = steps_done
 
     def _seed(self, model: nn.Module, args: Any) -> None:
         if model.training and self._steps_done is not None:

@@ -12,6 +12,7 @@ Nothing here imports a host.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch.nn as nn
@@ -57,6 +58,9 @@ class Host(Protocol):
 
     def on_log(self, look: Callable[[float], None]) -> None:
         """Has `look` called with the gradient norm whenever the host logs one; with the same on all ranks."""
+
+    def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Has the forwards that belong to no step made in `context()`: a pipeline finds its shapes by some."""
 
     def end_at(self, step: int) -> None:
         """Leaves nothing to train after `step`."""

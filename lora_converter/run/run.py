@@ -45,6 +45,8 @@ class Run:
         self.faults = FaultWatch(host.model_parts)
         host.on_log(self.faults.on_log)
         self._dropout = DropoutSeeds(host.model_parts, host.data_rank) if self.config.dropout > 0 else None
+        if self._dropout:
+            host.around_trial_forwards(self._dropout.unseen)
         self._hyperparameters = Hyperparameters(host.optimizers, host.lr_schedulers)
         self._merge: Callable[[], None] | None = None
         if self.job.exports_peft:

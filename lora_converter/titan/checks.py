@@ -121,6 +121,13 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
             "the backward. Leave it at false; they take little memory."
         )
+    ac, dropout = job_config.activation_checkpoint, job_config.lora.dropout
+    if dropout > 0 and ac.mode != "none" and not ac.preserve_rng_state:
+        yield (
+            f"lora.dropout = {dropout:g} with activation_checkpoint.mode = {ac.mode!r} and "
+            "activation_checkpoint.preserve_rng_state = false: what is recomputed would draw other masks than the "
+            "forward had. Set preserve_rng_state = true."
+        )
     if unknown := [name for name in config.exclude_from_loading if name and name not in PARTS]:
         yield (
             f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "

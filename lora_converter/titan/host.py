@@ -1,6 +1,7 @@
 """torchtitan 0.2.2's trainer as the host of a LoRA run."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.nn as nn
@@ -70,6 +71,19 @@ class TitanHost:
             return log_and_look
 
         change_trainer(self.trainer, "metrics_processor.log", looked_at)
+
+    def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """See `Host.around_trial_forwards`."""
+
+        def outside_steps(initialize: Callable[..., Any]) -> Callable[..., Any]:
+            def initialize_outside_steps(*args: Any, **kwargs: Any) -> Any:
+                with context():
+                    return initialize(*args, **kwargs)
+
+            return initialize_outside_steps
+
+        if self.trainer.parallel_dims.pp_enabled:
+            change_trainer(self.trainer, "pp_schedule._initialize_pp_stages", outside_steps)
 
     def end_at(self, step: int) -> None:
         """See `Host.end_at`."""

@@ -173,5 +173,11 @@ TRAINER_CHANGES = (
         "under PP the division by the token count reaches the logged loss and not the gradients",
         "the schedule gets the divided loss",
     ),
+    Change(
+        "pp_schedule._initialize_pp_stages",
+        "host:TitanHost.around_trial_forwards",
+        "a pipeline finds its shapes by a forward whose generator is put back: the step's seed would be lost with it",
+        "shapes are found without a forward",
+    ),
 )
 """Made by `change_trainer` to one trainer, for a run of ours, and gone with it."""

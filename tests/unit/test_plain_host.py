@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ class PlainHost:
 
     def on_log(self, look: Callable[[float], None]) -> None:
         self.after_logging.append(look)
+
+    def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """It makes none."""
 
     def end_at(self, step: int) -> None:
         self.step = step
