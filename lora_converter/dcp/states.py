@@ -1,8 +1,10 @@
 """What a checkpoint of a LoRA run is made of, as DCP sees it: parts of the model, and a compact optimizer."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -13,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
 
 _GROUPS = "param_groups."
 
@@ -46,6 +50,8 @@ class OptimizerState(Stateful):
         state.<fqn>.exp_avg     as `torch.distributed.checkpoint.state_dict` flattens it
         param_groups.<option>   for its param_groups.<fqn>.<option> of all parameters
 
+    A parameter that never got a gradient has no state. A step is saved without it, which is told once.
+
     Args:
         optimizers: One for each of `model_parts`.
     """
@@ -56,8 +62,10 @@ class OptimizerState(Stateful):
         stages = zip(model_parts, optimizers, strict=True)
         # A pipeline stage without adapters has nothing to store, which torch takes for an error.
         self._stages = [(part, opt) for part, opt in stages if any(group["params"] for group in opt.param_groups)]
+        self._told = False
 
     def state_dict(self) -> dict[str, Any]:
+        self._tell_what_has_no_state()
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
             for name, value in get_optimizer_state_dict(part, optimizer, options=self._options).items():
@@ -70,6 +78,50 @@ class OptimizerState(Stateful):
             names = get_optimizer_state_dict(part, optimizer, options=self._options)
             values = {name: state_dict[_once(name)] for name in names}
             set_optimizer_state_dict(part, optimizer, values, options=self._options)
+
+    def of_step(self, stored: Container[str]) -> Stateful:
+        """The same, to be read from a step that stores those names. What has no state there starts afresh."""
+        return _OptimizerOfStep(self, stored)
+
+    def _tell_what_has_no_state(self) -> None:
+        without = [
+            name
+            for part, optimizer in self._stages
+            for name, param in part.named_parameters()
+            if optimizer.state and param.requires_grad and param not in optimizer.state
+        ]
+        if without and not self._told:
+            self._told = True
+            logger.warning(
+                f"LoRA: {len(without)} parameters never got a gradient, and are saved without optimizer state, which "
+                f"starts afresh when the run is resumed: {', '.join(without)}."
+            )
+
+
+class _OptimizerOfStep(Stateful):
+    def __init__(self, whole: OptimizerState, stored: Container[str]):
+        self._whole, self._stored = whole, stored
+
+    def state_dict(self) -> dict[str, Any]:
+        values = self._whole.state_dict()
+        # A parameter that lacks some of its values alone is left in, and found missing.
+        known = {_parameter(name) for name in values if name in self._stored}
+        return {name: value for name, value in values.items() if name.startswith(_GROUPS) or _parameter(name) in known}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        values = self._whole.state_dict()
+        fresh = {name: value for name, value in values.items() if name not in state_dict}
+        if fresh:
+            names = sorted({_parameter(name) for name in fresh})
+            logger.info(f"LoRA: {len(names)} parameters have no optimizer state in the step, and start afresh.")
+        # torch fills a state by a step without gradients, which counts.
+        fresh = {n: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for n, v in fresh.items()}
+        self._whole.load_state_dict({**fresh, **state_dict})
+
+
+def _parameter(name: str) -> str:
+    """state.<fqn>.exp_avg -> state.<fqn>"""
+    return name.rpartition(".")[0]
 
 
 def _once(name: str) -> str:

@@ -12,13 +12,11 @@ from typing import Any, Protocol
 
 from lora_converter.dcp.folder import DcpBase, agreed_metadata, check_fits
 from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.base import HuggingFaceBase
 from lora_converter.ranks import agreed
 from lora_converter.run.adapter_sources import PeftSource, check_base_of_adapter, check_run_of_step
-from lora_converter.run.description import (
-    MODEL,
-    PARTS,
-)
+from lora_converter.run.description import MODEL, OPTIMIZER, PARTS
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
@@ -145,4 +143,9 @@ class StepSource:
         if self._model_only:
             return model
         wanted = {name: state for name, state in host.states.items() if name not in host.job.not_loaded}
+        optimizer = wanted.get(OPTIMIZER)
+        if isinstance(optimizer, OptimizerState) and self._step.stored is not None:
+            prefix = f"{OPTIMIZER}."
+            names = self._step.stored.state_dict_metadata
+            wanted[OPTIMIZER] = optimizer.of_step({n.removeprefix(prefix) for n in names if n.startswith(prefix)})
         return wanted if MODEL in host.job.not_loaded else {**wanted, **model}
