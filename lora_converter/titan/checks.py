@@ -122,7 +122,7 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             "the backward. Leave it at false; they take little memory."
         )
     ac, dropout = job_config.activation_checkpoint, job_config.lora.dropout
-    if dropout > 0 and ac.mode != "none" and not ac.preserve_rng_state:
+    if dropout > 0 and ac.mode in ("full", "selective") and not ac.preserve_rng_state:
         yield (
             f"lora.dropout = {dropout:g} with activation_checkpoint.mode = {ac.mode!r} and "
             "activation_checkpoint.preserve_rng_state = false: what is recomputed would draw other masks than the "
