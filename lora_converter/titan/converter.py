@@ -32,6 +32,7 @@ from lora_converter.titan.checks import (
     check_settings,
     warn_of_wrong_router_gradients,
 )
+from lora_converter.titan.compiling import allow_kinds_of_layers
 from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.installed import install
 from lora_converter.titan.job import job_of
@@ -79,6 +80,7 @@ class LoRAConverter:
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, job_config, self.parallel_dims)
+        allow_kinds_of_layers(model, job_config)
         not_spent = flops_not_spent(model, job_config.training.seq_len)
         converted = swap_class(model, LoRAModel)
         converted.lora_job, converted.lora_flops_not_spent = job, not_spent
