@@ -1,15 +1,17 @@
-"""Two ranks: `collectives.py`, `live.py` and `trouble.py`, one launch for each."""
+"""Two ranks: `collectives.py`, `live.py`, `trouble.py` and `no_gradient.py`, one launch for each."""
 
 from pathlib import Path
 from typing import Any
 
 import collectives
 import live
+import no_gradient
 import pytest
 import trouble
 from launch import launch
 
-FILES = {"collectives.py": list(collectives.CHECKS), "live.py": list(live.CHECKS), "trouble.py": list(trouble.CHECKS)}
+MODULES = (collectives, live, trouble, no_gradient)
+FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
 
 
 @pytest.fixture(scope="module")
