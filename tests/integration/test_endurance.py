@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from statistics import median
 
 import pytest
 from forked_job import make_base
@@ -29,6 +30,7 @@ def test_nothing_piles_up_in_a_long_run(tmp_path: Path) -> None:
     assert len(samples) > 50
     # A page or two per step would be a leak of tensors or of the log's kind; the allocator takes some of this.
     assert slope(samples) < 16 * 1024
-    assert len({sample.threads for sample in samples[-20:]}) == 1
+    threads = [sample.threads for sample in samples]  # one more while a save is under way, if a sample meets it
+    assert median(threads[-20:]) == median(threads[:20])
     assert max(s.files for s in samples) - min(s.files for s in samples) <= 2  # while a file is written
     assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 3
