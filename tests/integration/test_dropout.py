@@ -46,6 +46,7 @@ def test_gradients_are_those_of_the_loss(mode: str, hf_base: Path, tmp_path: Pat
 
 
 @NEEDS_COMPILER
+@pytest.mark.slow
 def test_compiled_every_adapter_trains(hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """20 of 28 got no gradient, where Inductor's CPU code ran products before their mask was there."""
     torch._dynamo.reset()
@@ -55,7 +56,7 @@ def test_compiled_every_adapter_trains(hf_base: Path, tmp_path: Path, caplog: py
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_an_update_after_a_norm_is_there(bias: bool) -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ def options(base: Path) -> list[str]:
     return [f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf"]
 
 
-@pytest.mark.parametrize("name", ["AdamW", "Adam"])
+@pytest.mark.parametrize("name", ["AdamW", pytest.param("Adam", marks=pytest.mark.slow)])
 def test_they_start_afresh_in_a_resumed_run(
     name: str, hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -11,6 +11,7 @@ from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 
 from lora_converter import disable_adapter
 
+pytestmark = pytest.mark.slow
 LAYERS = 10
 RANKS = [x for layer in range(LAYERS) for x in (f"layers.{layer}.attention.wq", str(layer + 1))]
 JOB = [*COMPILE, "--compile.backend=eager", "--model.flavor=ten", "--checkpoint.initial_load_path=", *VALIDATION]
