@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
 from lora_converter.swap import check_forward_is_called, follow_hook, new_instance, recipe_of, subclass_with, swap_class
-from lora_converter.tensors import local_part, shard_like
+from lora_converter.tensors import is_finite, local_part, shard_like
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -103,7 +103,7 @@ class AdaptedModule(nn.Module):
             if not weight.is_floating_point():
                 raise ValueError(f"{fqn} is quantized ({weight.dtype}): an update cannot be merged into it.")
             merged[name] = (weight.float() + shard_like(delta, weight)).to(weight.dtype)
-            if not local_part(merged[name]).isfinite().all():
+            if not is_finite(local_part(merged[name])):
                 raise ValueError(f"{fqn} would hold nan or inf in {weight.dtype} with its update: it is not merged.")
         return merged
 

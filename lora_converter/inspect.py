@@ -9,6 +9,7 @@ from safetensors import safe_open
 from lora_converter.hf.folder import weight_shapes
 from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.merge import read_merge_record
+from lora_converter.tensors import is_finite
 
 Weights = dict[str, tuple[Path, list[int], str]]
 
@@ -100,6 +101,6 @@ def _read(weights: Weights, key: str) -> torch.Tensor:
 
 def _flag(tensors: Iterable[torch.Tensor]) -> str:
     tensors = [tensor.float() for tensor in tensors]  # float8 has no isfinite
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not all(map(is_finite, tensors)):
         return "  NOT FINITE"
     return "" if all(tensor.any() for tensor in tensors) else "  ALL ZERO"

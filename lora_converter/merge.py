@@ -22,8 +22,9 @@ from tqdm import tqdm
 from lora_converter.files import appears_complete, read_json
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
 from lora_converter.hf.merge_plan import MergePlan, plan_merge
-from lora_converter.hf.peft_adapter import PeftAdapter, is_finite
+from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.peft_directory import load_peft
+from lora_converter.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from lora_converter.fingerprint import base_fingerprint
 from lora_converter.linear import is_transposed, linears_of
 from lora_converter.shared import check_not_shared
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
-from lora_converter.tensors import local_part, shard_like
+from lora_converter.tensors import is_finite, local_part, shard_like
 
 _FIELD, _FORMAT = "lora_converter", 1
 
@@ -163,7 +163,7 @@ class IncrementReceiver(_Receiver):
         weights = {fqn: linears[fqn].get_parameter("weight") for fqn in {**package.scalings, **self._originals}}
         check_not_shared(self.model, [f"{fqn}.weight" for fqn in package.scalings])
         for fqn in package.scalings:
-            if not local_part(self._updated(package, fqn, linears[fqn])).isfinite().all():
+            if not is_finite(local_part(self._updated(package, fqn, linears[fqn]))):
                 raise ValueError(f"{fqn}.weight would hold nan or inf with the package's increment.")
         for fqn in self._originals.keys() - package.scalings.keys():
             weights[fqn].copy_(self._originals.pop(fqn))

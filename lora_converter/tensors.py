@@ -25,3 +25,8 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
 def local_part(value: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether an unsharded tensor holds neither nan nor inf. Takes no mask of its size."""
+    return not value.numel() or all(bool(extreme.isfinite()) for extreme in value.aminmax())

@@ -84,13 +84,15 @@ class OptimizerState(Stateful):
         return _OptimizerOfStep(self, stored)
 
     def _tell_what_has_no_state(self) -> None:
+        if self._told:
+            return
         without = [
             name
             for part, optimizer in self._stages
             for name, param in part.named_parameters()
             if optimizer.state and param.requires_grad and param not in optimizer.state
         ]
-        if without and not self._told:
+        if without:
             self._told = True
             logger.warning(
                 f"LoRA: {len(without)} parameters never got a gradient, and are saved without optimizer state, which "

@@ -10,6 +10,7 @@ from lora_converter.config import scaling
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.peft_patterns import exact_pattern
+from lora_converter.tensors import is_finite
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,3 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
 def _short_number(value: float) -> float:
     """As an integer where it is one, as PEFT writes it."""
     return int(value) if value == int(value) else value
-
-
-def is_finite(factor: torch.Tensor) -> bool:
-    """Without a mask of the factor's size."""
-    return not factor.numel() or all(bool(extreme.isfinite()) for extreme in factor.aminmax())

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
 from lora_converter.hf.folder import FLOATS, read_header, write_tensors
-from lora_converter.hf.peft_adapter import PeftAdapter, config_of, is_finite
+from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import (
     CONFIG_FILE,
     DEFAULT_ALPHA,
@@ -32,6 +32,7 @@ from lora_converter.hf.peft_config import (
 )
 from lora_converter.hf.peft_patterns import match_pattern
 from lora_converter.names import without_wrappers
+from lora_converter.tensors import is_finite
 
 _FINGERPRINT = "lora_converter.base_fingerprint"
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from harness import Run, build, finish
 from launch import main
-from parity import FSDP2, PP2, TP2, base_options, losses_of
+from parity import base_options, losses_of
+from trouble import LAYOUTS
 
 from lora_converter.adapted import adapted_modules
 
@@ -48,7 +49,6 @@ def resumes(folder: Path, layout: list[str]) -> None:
     assert losses_of(second) == losses_of(whole)[2:], (losses_of(second), losses_of(whole))
 
 
-LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
 CHECKS: dict[str, Callable[[Path], Any]] = {
     f"no gradient under {name}": lambda folder, layout=layout: resumes(folder, layout)
     for name, layout in LAYOUTS.items()
