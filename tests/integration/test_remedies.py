@@ -55,7 +55,7 @@ REMEDIES = {
     ),
     "a part of a checkpoint": (
         ["--checkpoint.exclude_from_loading=dataloder"],
-        "'dataloder' is no part of a checkpoint; the parts are model, optimizer, lr_scheduler, dataloader, train_state.",
+        "is no part of a checkpoint; the parts are model, optimizer, lr_scheduler, dataloader, train_state.",
         ["--checkpoint.exclude_from_loading=dataloader"],
     ),
     "the optimizer after the backward": (["--optimizer.early_step_in_backward"], "Leave it at false", []),
