@@ -1,4 +1,4 @@
-"""Two ranks: `collectives.py`, `live.py`, `trouble.py` and `no_gradient.py`, one launch for each."""
+"""Two ranks: `collectives.py`, `live.py`, `trouble.py`, `remedies.py` and `no_gradient.py`, one launch for each."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,11 @@ import collectives
 import live
 import no_gradient
 import pytest
+import remedies
 import trouble
 from launch import launch
 
-MODULES = (collectives, live, trouble, no_gradient)
+MODULES = (collectives, live, trouble, remedies, no_gradient)
 FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
 
 

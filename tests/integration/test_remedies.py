@@ -23,13 +23,13 @@ TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(
 REMEDIES = {
     "lora after what quantizes": (
         ["--model.converters=lora,quantize.linear.float8", FLOAT8],
-        "Write ['quantize.linear.float8', 'lora'].",
+        "stands after \"lora\" and would quantize the adapters. Write ['quantize.linear.float8', 'lora'].",
         ["--model.converters=quantize.linear.float8,lora", FLOAT8],
     ),
     "lora once": (["--model.converters=lora,lora"], "Write ['lora'].", ["--model.converters=lora"]),
     "one of the linears that are named": (
         ["--lora.target_modules=wq,wkv"],
-        "the linears are wq, wk, wv, wo, w1, w2, w3, output.",
+        "'wkv' matches no linear of the model; the linears are wq, wk, wv, wo, w1, w2, w3, output.",
         ["--lora.target_modules=wq,wk,wv,wo,w1,w2,w3,output"],
     ),
     "fewer that are excluded": (
@@ -61,7 +61,7 @@ REMEDIES = {
     "the optimizer after the backward": (["--optimizer.early_step_in_backward"], "Leave it at false", []),
     "a base for the last step's adapter": (
         [*PEFT_OUT, *NO_BASE],
-        "Set checkpoint.initial_load_path, or leave it at false.",
+        "is stored nowhere else. Set checkpoint.initial_load_path, or leave it at false.",
         PEFT_OUT,
     ),
     "no optimizer in a PEFT directory": (
@@ -76,7 +76,7 @@ REMEDIES = {
     ),
     "the generator's state with dropout": (
         [*RECOMPUTED, "--activation_checkpoint.no-preserve_rng_state"],
-        "Set preserve_rng_state = true.",
+        "what is recomputed would draw other masks than the forward had. Set preserve_rng_state = true.",
         [*RECOMPUTED, "--activation_checkpoint.preserve_rng_state"],
     ),
 }
@@ -116,6 +116,7 @@ def test_without_the_config_module_the_named_line_makes_it_a_lora_job(hf_base: P
     (tmp_path / "job.toml").write_text(text)
     with pytest.raises(ValueError) as error:
         build(tmp_path / "run", *on(hf_base), STEPS, config=tmp_path / "job.toml")
+    assert "job.custom_config_module is not set" in str(error.value)
     line = str(error.value).split(": add ")[1].removesuffix(" under [job].")
     (tmp_path / "job.toml").write_text(text.replace("[job]", f"[job]\n{line}", 1))
     run = train(tmp_path / "run", *on(hf_base), STEPS, config=tmp_path / "job.toml")

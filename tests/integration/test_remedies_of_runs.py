@@ -123,7 +123,7 @@ def test_an_adapter_is_started_from_on_the_base_that_is_set(last: list[str], hf_
     first = train(tmp_path / "run", *on(hf_base), ADAPTERS_ALONE, *last)
     start = f"--lora.initial_adapter_path={step(tmp_path / 'run', 3)}"
     _, message = failing(tmp_path / "next", RANDOM_BASE, start)
-    assert message.endswith("Set checkpoint.initial_load_path to the base it was trained on.")
+    assert "was not trained on this job's base, which is random. Set checkpoint.initial_load_path" in message
     assert same(full_state(loaded(tmp_path / "next", *on(hf_base), start)), full_state(first))
 
 
@@ -141,6 +141,7 @@ def test_a_step_goes_on_once_what_is_missing_is_put_back(lost: str, named: bool,
     if named or lost != ".metadata":
         _, message = failing(tmp_path / "run", *options)
         assert "is not complete: __0_0.distcp is missing" in message or "it has no .metadata file" in message
+        assert named or "has steps, and none to continue from: " in message
         assert named or "Put back what is missing, or name another job.dump_folder" in message
         fresh = goes_on(tmp_path / "another", *on(hf_base), *LONGER)
         assert fresh.losses == whole.losses
@@ -159,6 +160,7 @@ def test_a_step_of_other_settings_goes_on_with_its_own_or_anew_in_another_folder
     first = train(tmp_path / "run", *on(hf_base), "--lr_scheduler.total_steps=5")
     other = ["--lora.rank=8", "--lora.target_modules=wq"]
     _, message = failing(tmp_path / "run", *on(hf_base), *LONGER, *other)
+    assert "was trained with other settings: lora.rank is 4 there and 8 here" in message
     assert message.endswith("Use its settings, or start anew.")
     assert len(goes_on(tmp_path / "new", *on(hf_base), *LONGER, *other).losses) == 5
     run = build(tmp_path / "run", *on(hf_base), *LONGER)
@@ -174,7 +176,8 @@ def test_another_base_is_put_right_by_the_one_it_was_trained_on(way: str, hf_bas
     folder, start = tmp_path / "run", []
     if way == "import":
         folder, start = tmp_path / "next", [f"--lora.initial_adapter_path={step(tmp_path / 'run', 3)}"]
-    assert "Name the base it was trained on, or set" in refused(folder, *on(other), *start)
+    message = refused(folder, *on(other), *start)
+    assert "was trained on a base with fingerprint" in message and "Name the base it was trained on, or set" in message
     assert same(full_state(loaded(folder, *on(hf_base), *start)), full_state(first))
 
 
@@ -192,6 +195,7 @@ def test_a_step_that_stores_its_base_is_resumed_without_a_source_or_another_fold
     base = f"--checkpoint.initial_load_path={dcp_base}"
     first = train(tmp_path / "run", RANDOM_BASE)
     _, message = failing(tmp_path / "run", base)
+    assert "stores a base of its own" in message
     assert message.endswith("Resume without a base source, or use another job.dump_folder.")
     assert same(full_state(loaded(tmp_path / "run", RANDOM_BASE)), full_state(first))
     assert len(goes_on(tmp_path / "another", base).losses) == 3
