@@ -117,7 +117,8 @@ def test_without_the_config_module_the_named_line_makes_it_a_lora_job(hf_base: P
     with pytest.raises(ValueError) as error:
         build(tmp_path / "run", *on(hf_base), STEPS, config=tmp_path / "job.toml")
     assert "job.custom_config_module is not set" in str(error.value)
-    line = str(error.value).split(": add ")[1].removesuffix(" under [job].")
+    line = 'custom_config_module = "lora_converter.titan"'
+    assert str(error.value).endswith('add custom_config_module = "lora_converter.titan" under [job].')
     (tmp_path / "job.toml").write_text(text.replace("[job]", f"[job]\n{line}", 1))
     run = train(tmp_path / "run", *on(hf_base), STEPS, config=tmp_path / "job.toml")
     assert len(run.losses) == 2 and all(value.any() for value in adapter_state(run).values())
@@ -159,15 +160,20 @@ def quantized(base: Path, folder: Path, copy: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def test_an_adapter_of_a_quantized_base_is_merged_into_an_unquantized_copy(tmp_path: Path) -> None:
+def test_an_adapter_of_a_quantized_base_is_merged_into_an_unquantized_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = HF_MODELS["deepseek_v3"]
     quantized(save_hf("deepseek_v3", tmp_path / "base"), tmp_path / "quantized", tmp_path / "copy")
     options = [*model.options, *on(tmp_path / "quantized"), "--checkpoint.initial_load_in_hf_quantized", *PEFT_OUT]
-    with pytest.raises(ValueError, match=r"Leave save_merged at false and merge into an unquantized copy with"):
+    with pytest.raises(
+        ValueError, match=r"Leave save_merged at false and merge into an unquantized copy with `lora-converter merge`\."
+    ):
         build(tmp_path / "run", *options, "--lora.save_merged")
     run = train(tmp_path / "run", *options)
     paths = ["--adapter", str(step(tmp_path / "run", 3)), "--output", str(tmp_path / "merged")]
     assert main(["merge", "--base", str(tmp_path / "quantized"), *paths]) == 1
+    assert "is quantized (F8_E4M3); merge into an unquantized copy of the base" in capsys.readouterr().err
     assert main(["merge", "--base", str(tmp_path / "copy"), *paths]) == 0
     merged = type(model.make()).from_pretrained(tmp_path / "merged", attn_implementation="eager")
     with torch.no_grad():

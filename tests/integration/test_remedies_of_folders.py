@@ -120,6 +120,16 @@ def test_an_adapter_that_brings_weights_is_merged_and_the_result_trained_on(
     assert len(goes_on(tmp_path / "run", *result).losses) == 3
 
 
+def test_the_linears_are_those_of_the_adapter_or_left_out(hf_base: Path, tmp_path: Path) -> None:
+    expected = peft_adapter(tmp_path / "adapter", hf_base)
+    start = [*on(hf_base), f"--lora.initial_adapter_path={tmp_path}/adapter", "--lora.rank=16"]
+    for trouble, told in (("wq,wk", "adapted linears are missing in it"), ("wk,wo", "have no adapter here")):
+        with pytest.raises(ValueError, match=rf"{told}.* Check lora\.target_modules\.$"):
+            loaded(tmp_path / "run", *start, f"--lora.target_modules={trouble}")
+    for remedy in (["--lora.target_modules=wq"], []):
+        assert gives(loaded(tmp_path / "run", *start, *remedy), expected)
+
+
 @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
 def test_factors_of_pissa_are_read_once_peft_has_converted_them(hf_base: Path, tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
@@ -212,11 +222,9 @@ def test_the_state_of_a_foreign_data_loader_is_allowed_or_left_out(way: str, hf_
     loader.state_dict = foreign
     finish(run)
     again = build(tmp_path, *on(hf_base), *LONGER)
-    with pytest.raises(
-        ValueError,
-        match=r"collections\.deque, which could run code when it is read, .* allow that with torch\.serialization",
-    ):
+    with pytest.raises(ValueError, match=r"names collections\.deque, which could run code when it is read") as error:
         again.trainer.checkpointer.load()
+    assert "If you trust it, allow that with torch.serialization.add_safe_globals." in str(error.value)
     again.trainer.close()
     whole = train(tmp_path / "whole", *on(hf_base), *LONGER)
     if way == "allowed":

@@ -77,7 +77,11 @@ def test_a_finished_run_is_trained_on_from_its_adapters_in_another_folder(
     first = train(tmp_path / "run", *on(hf_base), ONCE, ADAPTERS_ALONE, *last)
     _, message = failing(tmp_path / "run", *on(hf_base), *LONGER, *named)
     assert "holds no optimizer state: it is the end of a finished run" in message
-    assert "as lora.initial_adapter_path" in message and "job.dump_folder" in message
+    if named:
+        assert "name it as lora.initial_adapter_path in a new job.dump_folder" in message
+    else:
+        assert "name another job.dump_folder; to train on from adapters alone" in message
+        assert message.endswith("name them as lora.initial_adapter_path there.")
     start = [*on(hf_base), f"--lora.initial_adapter_path={step(tmp_path / 'run', 3)}"]
     started = loaded(tmp_path / "next", *start, *LONGER)
     assert same(full_state(started), full_state(first))
@@ -123,7 +127,8 @@ def test_an_adapter_is_started_from_on_the_base_that_is_set(last: list[str], hf_
     first = train(tmp_path / "run", *on(hf_base), ADAPTERS_ALONE, *last)
     start = f"--lora.initial_adapter_path={step(tmp_path / 'run', 3)}"
     _, message = failing(tmp_path / "next", RANDOM_BASE, start)
-    assert "was not trained on this job's base, which is random. Set checkpoint.initial_load_path" in message
+    assert "was not trained on this job's base, which is random." in message
+    assert message.endswith("Set checkpoint.initial_load_path to the base it was trained on.")
     assert same(full_state(loaded(tmp_path / "next", *on(hf_base), start)), full_state(first))
 
 

@@ -184,6 +184,7 @@ def test_another_scaling_is_given_to_apply_lora_or_its_patterns() -> None:
     other = adapted(rank=3, alpha=6.0)
     with pytest.raises(ValueError) as error:
         into_model(adapter, other)
+    assert "give apply_lora rank = 3, alpha = 7, use_rslora = True, or the like in its patterns." in str(error.value)
     told = str(error.value).split("give apply_lora ")[1].removesuffix(", or the like in its patterns.")
     settings = dict(pair.split(" = ") for pair in told.split(", "))
     rank, alpha = int(settings["rank"]), float(settings["alpha"])
