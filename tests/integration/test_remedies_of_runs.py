@@ -10,7 +10,7 @@ from harness import Run, adapter_state, build, finish, full_state, train
 from test_checkpoint import RANDOM_BASE, failing
 from test_resume import EVERY_STEP, loaded, on, refused, rewritten, step
 
-from lora_converter.peft import load_peft
+from lora_converter.peft import PeftAdapter, load_peft, save_peft
 
 ONCE = "--checkpoint.interval=100"
 ADAPTERS_ALONE = "--checkpoint.last_save_model_only"
@@ -68,8 +68,8 @@ def test_adapters_that_are_still_zero_move_with_a_rate_above_0(
 
 @pytest.mark.parametrize(
     ("last", "named"),
-    [([], []), ([], ["--checkpoint.load_step=3"]), (PEFT, [])],
-    ids=["DCP", "DCP that is named", "PEFT directory"],
+    [([], []), ([], ["--checkpoint.load_step=3"]), (PEFT, []), (PEFT, ["--checkpoint.load_step=3"])],
+    ids=["DCP", "DCP that is named", "PEFT directory", "PEFT directory that is named"],
 )
 def test_a_finished_run_is_trained_on_from_its_adapters_in_another_folder(
     last: list[str], named: list[str], hf_base: Path, tmp_path: Path
@@ -92,9 +92,8 @@ def test_a_finished_run_is_trained_on_from_its_adapters_in_another_folder(
 def test_a_finished_run_is_resumed_at_an_earlier_step(last: list[str], hf_base: Path, tmp_path: Path) -> None:
     whole = train(tmp_path / "whole", *on(hf_base), *LONGER)
     train(tmp_path / "run", *on(hf_base), EVERY_STEP, "--lr_scheduler.total_steps=5", ADAPTERS_ALONE, *last)
-    if not last:
-        _, message = failing(tmp_path / "run", *on(hf_base), *LONGER, "--checkpoint.load_step=3")
-        assert message.endswith("or resume an earlier step with checkpoint.load_step.")
+    _, message = failing(tmp_path / "run", *on(hf_base), *LONGER, "--checkpoint.load_step=3")
+    assert message.endswith("or resume an earlier step with checkpoint.load_step.")
     found = goes_on(tmp_path / "run", *on(hf_base), *LONGER, "--checkpoint.load_step=2")
     assert found.losses == whole.losses[2:] and same(adapter_state(found), adapter_state(whole))
     if last:
@@ -204,3 +203,21 @@ def test_a_step_that_stores_its_base_is_resumed_without_a_source_or_another_fold
     assert message.endswith("Resume without a base source, or use another job.dump_folder.")
     assert same(full_state(loaded(tmp_path / "run", RANDOM_BASE)), full_state(first))
     assert len(goes_on(tmp_path / "another", base).losses) == 3
+
+
+def test_a_last_step_that_does_not_fit_into_its_dtype_is_exported_by_another_launch(
+    hf_base: Path, tmp_path: Path
+) -> None:
+    """checkpoint.export_dtype: nothing of the run is lost but the steps since the last that was saved."""
+    factors = {"model.layers.0.self_attn.v_proj": (torch.full((4, 64), 2.0**20), torch.zeros(32, 4))}
+    save_peft(PeftAdapter(factors, 4, 32.0, 0.0, False, ["v_proj"]), tmp_path / "large")
+    start = [f"--lora.initial_adapter_path={tmp_path}/large", "--optimizer.lr=0"]
+    job = [*on(hf_base), EVERY_STEP, ADAPTERS_ALONE, *PEFT, *start]
+    run = build(tmp_path / "run", *job, "--checkpoint.export_dtype=float16")
+    with pytest.raises(ValueError, match=r"would hold inf in torch\.float16\. Name a wider dtype, bfloat16 say\."):
+        finish(run)
+    run.trainer.close()
+    assert not step(tmp_path / "run", 3).exists()
+    again = goes_on(tmp_path / "run", *job, "--checkpoint.export_dtype=bfloat16")
+    found = load_peft(step(tmp_path / "run", 3)).factors["model.layers.0.self_attn.v_proj"][0]
+    assert len(again.losses) == 1 and torch.equal(found.float(), torch.full((4, 64), 2.0**20))
