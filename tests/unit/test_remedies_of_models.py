@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from lora_converter import (
     adapter_parameters,
     adapter_state_dict,
     apply_lora,
+    disable_adapter,
     load_adapter_state_dict,
     merge_adapter,
     merge_and_unload,
@@ -160,18 +160,22 @@ def test_a_second_adapter_is_loaded_into_the_first_or_put_on_once_that_is_off() 
     assert torch.equal(adapted(model, fill=100)(X), other(X))
 
 
-@pytest.mark.parametrize("what", [merge_adapter, unload_adapter])
-def test_what_is_merged_is_taken_back_first(what: Callable[[nn.Module], object]) -> None:
-    expected = adapted()(X)
-    model = adapted()
+def test_what_is_merged_is_taken_back_before_it_is_merged_again_or_disabled() -> None:
+    expected, model = adapted()(X), adapted()
     merge_adapter(model)
-    if what is merge_adapter:
-        with pytest.raises(ValueError, match=r"unmerge_adapter first\."):
-            what(model)
-        unmerge_adapter(model)
-        what(model)
-        torch.testing.assert_close(model(X), expected)
+    with pytest.raises(ValueError, match=r"unmerge_adapter first\."):
+        merge_adapter(model)
+    with pytest.raises(ValueError, match=r"unmerge_adapter first\."), disable_adapter(model):
+        pass
     unmerge_adapter(model)
+    with disable_adapter(model):
+        assert torch.equal(model(X), make()(X))
+    merge_adapter(model)
+    torch.testing.assert_close(model(X), expected)
+
+
+def test_what_is_not_merged_is_merged_before_it_is_taken_back() -> None:
+    expected, model = adapted()(X), adapted()
     with pytest.raises(ValueError, match=r"merge_adapter first\."):
         unmerge_adapter(model)
     merge_adapter(model)
