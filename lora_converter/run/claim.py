@@ -68,11 +68,8 @@ class Holder:
         return Holder(socket.gethostname(), process, since, _place(), _started(process), uuid.uuid4().hex)
 
     def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, since {self.since}"
-
-    def is_this_process(self) -> bool:
-        """Whether an earlier run in this very process holds the claim."""
-        return self.process == os.getpid() and self.place == _place() and self.started == _started(self.process)
+        ours = " (this one: close its trainer)" if self.process == os.getpid() and self.place == _place() else ""
+        return f"process {self.process} on {self.host}{ours}, since {self.since}"
 
     def is_dead(self) -> bool | None:
         """Whether its process is gone; None if that cannot be seen from here."""
@@ -143,7 +140,7 @@ class Claim:
 
     def _wait_for_end_of(self, holder: Holder) -> None:
         folder = self.path.parent
-        dead = holder.is_this_process() or holder.is_dead()
+        dead = holder.is_dead()
         if dead is None:
             logger.info(f"LoRA: {folder} is held by {holder}; watching for {PATIENCE:g} s whether it lives.")
             end = time.monotonic() + PATIENCE
@@ -157,8 +154,7 @@ class Claim:
             raise self._held(holder)
         for draft in folder.glob(f"{WRITER}.*"):
             draft.unlink(missing_ok=True)
-        if not holder.is_this_process():
-            logger.warning(f"LoRA: {folder} was held by {holder}, which is gone; this run takes it over.")
+        logger.warning(f"LoRA: {folder} was held by {holder}, which is gone; this run takes it over.")
 
     def _count(self, mine: Holder, released: threading.Event) -> None:
         count = 0

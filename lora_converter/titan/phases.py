@@ -98,7 +98,7 @@ def _train(config: Any) -> None:
     trainer = Trainer(config)
     log_phase(trainer, 1)
     checkpointer, preemption = trainer.checkpointer, Preemption()
-    claim = claim_together(checkpointer.folder)
+    claim = claim_together(checkpointer.folder.removesuffix(FULL_PHASE_FOLDER))  # torchtitan wants its own to be new
 
     def saved_before_the_end(save: Callable[..., None]) -> Callable[..., None]:
         def save_or_end(step: int, last_step: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Two ranks: `collectives.py`, `live.py`, `trouble.py` and `no_gradient.py`, one launch for each."""
+"""Two ranks: `collectives.py`, `live.py`, `trouble.py`, `no_gradient.py` and `operation.py`, one launch for each."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import collectives
 import live
 import no_gradient
+import operation
 import pytest
 import trouble
 from launch import launch
 
-MODULES = (collectives, live, trouble, no_gradient)
+MODULES = (collectives, live, trouble, no_gradient, operation)
 FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
 
 

@@ -76,7 +76,19 @@ class ForkedJob:
         """SIGKILL to all ranks."""
         for process in self._processes:
             process.kill()
-        self._join()
+        self.exit_codes()
+
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """A signal to some ranks; to all if left out. Those that have ended get none."""
+        for rank in range(self.ranks) if ranks is None else ranks:
+            if self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, number)
+
+    def exit_codes(self) -> list[int]:
+        """Waits for all ranks."""
+        for process in self._processes:
+            process.join()
+        return [process.exitcode for process in self._processes]
 
     def run(self) -> None:
         """Launches and waits for a good end.
@@ -115,10 +127,6 @@ class ForkedJob:
     def trained_to(self) -> int:
         """The last step that rank 0 has logged in this launch; 0 if none."""
         return max((int(number) for number in re.findall(r"step: +(\d+)", self.text())), default=0)
-
-    def _join(self) -> None:
-        for process in self._processes:
-            process.join()
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"launch-{self._launches}.rank-{rank}.log"
