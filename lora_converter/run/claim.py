@@ -1,6 +1,7 @@
-"""One writer of a folder of steps: who holds it says so in it, and nobody joins in.
+"""One writer of a folder of steps: who holds it says so beside it, and nobody joins in.
 
-    writer.json     host, process, since when, and a number that its holder counts up while it lives
+    checkpoint.writer.json      beside the folder `checkpoint`: host, process, since when, and a number that its
+                                holder counts up while it lives
 
 A holder on this machine is alive if its process is. One elsewhere is alive if the number moves while a newcomer
 watches: clocks of machines and file systems are not compared, and no locks are asked for, which network file systems
@@ -24,7 +25,8 @@ from lora_converter.ranks import gather_all, is_first_rank, on_first_rank, toget
 
 logger = logging.getLogger(__name__)
 
-WRITER = "writer.json"
+WRITER = ".writer.json"
+"""Added to the name of a folder: the claim on it."""
 
 BEAT = 15.0
 """Seconds between two counts of a holder."""
@@ -35,8 +37,8 @@ PATIENCE = 4 * BEAT
 _EXCHANGE = 0.5
 """Seconds after which of several that took over a dead one's claim the last has written."""
 
-_VISIBLE_AFTER = 30.0
-"""Seconds until a new file is seen by all machines that share a folder; network file systems cache names."""
+_VISIBLE_AFTER = 5.0
+"""Seconds until a file of a new name is seen by all machines that share a folder."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,9 @@ class Claim:
     """A folder that one run writes to, from `hold` to `release`. Of the first rank alone."""
 
     def __init__(self, folder: str | Path):
-        self.path = Path(folder) / WRITER
+        self._folder, self.path = Path(folder), beside(folder, WRITER)
         self._mine: Holder | None = None
         self._released = threading.Event()
-
-    @property
-    def token(self) -> str:
-        """By which others see that they see the same folder; empty if it is not held."""
-        return self._mine.token if self._mine else ""
 
     def hold(self) -> None:
         """Takes the folder, or makes sure that it is still ours.
@@ -101,7 +98,7 @@ class Claim:
             holder = _read(self.path)
             if holder is None or holder.token != self._mine.token:
                 lost = f"by {holder}" if holder else f"when {self.path} was removed"
-                raise ValueError(f"{self.path.parent} was taken over {lost}. This run writes to it no more: end it.")
+                raise ValueError(f"{self._folder} was taken over {lost}. This run writes to it no more: end it.")
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = Holder.here()
@@ -139,7 +136,7 @@ class Claim:
         return True
 
     def _wait_for_end_of(self, holder: Holder) -> None:
-        folder = self.path.parent
+        folder = self._folder
         dead = holder.is_dead()
         if dead is None:
             logger.info(f"LoRA: {folder} is held by {holder}; watching for {PATIENCE:g} s whether it lives.")
@@ -152,8 +149,7 @@ class Claim:
                 dead = found is None or time.monotonic() > end
         if not dead:
             raise self._held(holder)
-        for draft in folder.glob(f"{WRITER}.*"):
-            draft.unlink(missing_ok=True)
+        self._draft_path(holder).unlink(missing_ok=True)
         logger.warning(f"LoRA: {folder} was held by {holder}, which is gone; this run takes it over.")
 
     def _count(self, mine: Holder, released: threading.Event) -> None:
@@ -172,44 +168,53 @@ class Claim:
         os.replace(self._draft(holder), self.path)
 
     def _draft(self, holder: Holder) -> Path:
-        draft = self.path.with_name(f"{WRITER}.{holder.token}")
+        draft = self._draft_path(holder)
         draft.write_text(json.dumps(asdict(holder), indent=2) + "\n")
         return draft
 
+    def _draft_path(self, holder: Holder) -> Path:
+        return self.path.with_name(f"{self.path.name}.{holder.token}")
+
     def _held(self, holder: Holder) -> ValueError:
         return ValueError(
-            f"{self.path.parent} is written to by another run: {holder}. End that one first, or name another "
+            f"{self._folder} is written to by another run: {holder}. End that one first, or name another "
             f"job.dump_folder. If it is not running any more, delete {self.path}."
         )
 
 
-def claim_together(folder: str | Path) -> Claim:
-    """Claims a folder for the run of all ranks, of which the first one writes the claim. A collective.
+def beside(folder: str | Path, ending: str) -> Path:
+    """A file that belongs to a folder and is not in it: what lists the folder's steps does not meet it."""
+    path = Path(folder).absolute()
+    return path.with_name(path.name + ending)
+
+
+def check_shared(folder: str | Path) -> None:
+    """That all ranks see one folder under its name, by a file of a new name that the first one writes. A collective.
 
     Raises:
-        ValueError: On all ranks: somebody else holds it, or some rank sees another folder under this name.
+        ValueError: On all ranks: some rank sees another folder.
     """
-    claim = Claim(folder)
+    tokens = gather_all(uuid.uuid4().hex)
+    if len(tokens) == 1:
+        return
+    path = beside(folder, f".shared-{tokens[0]}")
+
+    def look() -> None:
+        end = time.monotonic() + _VISIBLE_AFTER
+        while not path.exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{Path(folder).absolute()} is not the folder that rank 0 writes to. A step of which each machine "
+                    "has a part cannot be resumed: put job.dump_folder on storage that all machines share."
+                )
+            time.sleep(0.1)
+
+    on_first_rank(path.touch)
     try:
-        on_first_rank(claim.hold)
-        token = gather_all(claim.token)[0]
-        together(lambda: _check_shared(claim.path, token))
-    except ValueError:
-        claim.release()
-        raise
-    return claim
-
-
-def _check_shared(path: Path, token: str) -> None:
-    end = time.monotonic() + _VISIBLE_AFTER
-    while not is_first_rank() and ((holder := _read(path)) is None or holder.token != token):
-        if time.monotonic() > end:
-            found = f"{path} is of {holder}" if holder else f"there is no {path}"
-            raise ValueError(
-                f"{path.parent.absolute()} is not the folder that rank 0 writes to: here {found}. A step of which "
-                "each machine has a part cannot be resumed: put job.dump_folder on storage that all machines share."
-            )
-        time.sleep(0.1)
+        together(look)
+    finally:
+        if is_first_rank():
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Holder | None:

@@ -34,6 +34,8 @@ _POLL = 0.5
 """Seconds between two looks at the store."""
 
 _numbers = itertools.count()
+_listening: "Preemption | None" = None
+"""The signals of a process are one run's at a time: the last one's that listens."""
 
 
 class Preemption:
@@ -47,7 +49,6 @@ class Preemption:
         self._verdict: int | None = None
         self._signal = 0
         self._heard: float | None = None
-        self._thread: threading.Thread | None = None
 
     @property
     def exit_code(self) -> int:
@@ -60,9 +61,12 @@ class Preemption:
         Args:
             step: The last one that is done.
         """
-        if self._thread or threading.current_thread() is not threading.main_thread():
+        global _listening
+        if threading.current_thread() is not threading.main_thread():
             return  # only the main thread can take signals
-        self._done = step
+        if _listening:
+            _listening.close()
+        _listening, self._done = self, step
         self._store: Any = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             store: Any = dist.distributed_c10d._get_default_store()
@@ -75,16 +79,17 @@ class Preemption:
         self._thread.start()
 
     def close(self) -> None:
-        """Gives the signals back."""
-        if self._thread is None:
+        """Gives the signals back, if they are still this run's."""
+        global _listening
+        if _listening is not self or threading.current_thread() is not threading.main_thread():
             return
+        _listening = None
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wake)
         self._wake.close()
         self._thread.join()
         self._inbox.close()
-        self._thread = None
 
     def ends_after(self, step: int) -> bool:
         """Whether the run ends after this step, which is done; the same on all ranks."""

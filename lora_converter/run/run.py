@@ -23,7 +23,7 @@ from lora_converter.merge import merge_directories
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
 from lora_converter.run.branch import Branch
-from lora_converter.run.claim import Claim, claim_together
+from lora_converter.run.claim import Claim, check_shared
 from lora_converter.run.dropout import DropoutSeeds
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
@@ -69,28 +69,16 @@ class Run:
             ValueError: On all ranks, if on one a folder is not there, lacks keys, has other shapes or belongs to
                 another run or base; nothing but the base was loaded then.
         """
-        if self.job.saves:
-            self._claim = claim_together(self.job.folder)
-        found = together(lambda: self._find_step(step))
-        agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
-        sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
-        if found:
-            sources.append(StepSource(self.model, found, self._load_end))
-        elif self.config.initial_adapter_path:
-            sources.append(self._initial_adapter(self.config.initial_adapter_path))
-        for source in sources:
-            source.check()
-        for source in sources:
-            source.load()
-        if step != -1 and self.job.saves:
-            on_first_rank(lambda: self._branch.begin(step))
-        for change in self._hyperparameters.put_back() if found else ():
-            logger.info(f"LoRA: {change}")
-        if self._dropout:
-            self._dropout.continue_after(found.number if found else 0)
-        if self.job.saves:
-            self._preemption.listen(found.number if found else 0)
-        return bool(sources)
+        if not self.job.saves:
+            return self._load(step)[0]
+        on_first_rank(self._claim.hold)
+        try:
+            loaded, done = self._load(step)
+        except BaseException:
+            self._claim.release()  # what was refused writes nothing
+            raise
+        self._preemption.listen(done)
+        return loaded
 
     def ends_after(self, step: int) -> bool:
         """Whether a signal ends the run after this step, which is to be saved then, and `end` called. On all ranks."""
@@ -173,6 +161,30 @@ class Run:
     def step_path(self, step: int) -> str:
         """The folder of a step."""
         return os.path.join(self.job.folder, f"step-{step}")
+
+    def _load(self, step: int) -> tuple[bool, int]:
+        """Whether anything was loaded, and how many steps are done."""
+        found = together(lambda: self._find_step(step))
+        agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
+        sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
+        if found:
+            sources.append(StepSource(self.model, found, self._load_end))
+        elif self.config.initial_adapter_path:
+            sources.append(self._initial_adapter(self.config.initial_adapter_path))
+        for source in sources:
+            source.check()
+        if self.job.saves:
+            check_shared(self.job.folder)
+        for source in sources:
+            source.load()
+        if step != -1 and self.job.saves:
+            on_first_rank(lambda: self._branch.begin(step))
+        for change in self._hyperparameters.put_back() if found else ():
+            logger.info(f"LoRA: {change}")
+        done = found.number if found else 0
+        if self._dropout:
+            self._dropout.continue_after(done)
+        return bool(sources), done
 
     def _find_step(self, load_step: int) -> Step | None:
         step = self._branch.step_to_load(load_step) if self.job.saves else load_step

@@ -21,7 +21,8 @@ from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
 from lora_converter.adapters import apply_lora
-from lora_converter.run.claim import claim_together
+from lora_converter.ranks import on_first_rank
+from lora_converter.run.claim import Claim
 from lora_converter.run.preemption import Preemption
 from lora_converter.titan.checks import check_settings
 from lora_converter.titan.host import end_process, log_phase
@@ -98,7 +99,8 @@ def _train(config: Any) -> None:
     trainer = Trainer(config)
     log_phase(trainer, 1)
     checkpointer, preemption = trainer.checkpointer, Preemption()
-    claim = claim_together(checkpointer.folder.removesuffix(FULL_PHASE_FOLDER))  # torchtitan wants its own to be new
+    claim = Claim(checkpointer.folder.removesuffix(FULL_PHASE_FOLDER))
+    on_first_rank(claim.hold)
 
     def saved_before_the_end(save: Callable[..., None]) -> Callable[..., None]:
         def save_or_end(step: int, last_step: bool = False) -> None:

@@ -69,7 +69,7 @@ def test_a_signal_ends_a_run_after_the_step_it_is_in_and_nothing_is_lost(
     said = re.search(rf"LoRA: {signal.Signals(number).name}: step (\d+) is finished and saved", text)
     assert said and steps(job) == {job.trained_to()} and job.trained_to() - int(said[1]) in (0, 1)
     assert f"the run ends after step {job.trained_to()}, with exit code {128 + number}." in text
-    assert not (tmp_path / "checkpoint" / "writer.json").exists()
+    assert not (tmp_path / "checkpoint.writer.json").exists()
     stopped_at = job.trained_to()
     job.run()
     assert f"step-{stopped_at}." in job.text() and f"Training starts at step {stopped_at + 1}" in job.text()

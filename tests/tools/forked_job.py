@@ -45,8 +45,8 @@ class ForkedJob:
         self.arguments = ["--job.config_file", str(ROOT / "configs" / config), *SMALL, *options]
         self.arguments.append(f"--job.dump_folder={folder}")
 
-    def launch(self) -> None:
-        """Starts the ranks."""
+    def launch(self, *options: str) -> None:
+        """Starts the ranks, with further options for this launch."""
         # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
         with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
             forkserver.ensure_running()
@@ -56,7 +56,9 @@ class ForkedJob:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         self._processes = [
-            _FORK.Process(target=_run_rank, args=(rank, self.ranks, port, self.arguments, str(self._log(rank))))
+            _FORK.Process(
+                target=_run_rank, args=(rank, self.ranks, port, [*self.arguments, *options], str(self._log(rank)))
+            )
             for rank in range(self.ranks)
         ]
         for process in self._processes:

@@ -33,6 +33,10 @@ def held(tmp_path: Path) -> Iterator[Claim]:
     ours.release()
 
 
+def folder_of(held: Claim) -> Path:
+    return held.path.parent / "run"
+
+
 def written(held: Claim, **changes: object) -> Holder:
     """Somebody else's claim in place of ours."""
     holder = replace(Holder.here(), token="theirs", **changes)
@@ -50,22 +54,22 @@ def in_a_process(target: object, *args: object) -> None:
 def _refused(folder: Path, expected: str) -> None:
     with pytest.raises(ValueError, match="is written to by another run: ") as error:
         Claim(folder).hold()
-    assert expected in str(error.value) and f"If it is not running any more, delete {folder / WRITER}." in str(
+    assert expected in str(error.value) and f"If it is not running any more, delete {folder}{WRITER}." in str(
         error.value
     )
 
 
 def test_a_second_process_is_refused_with_who_holds_the_folder(held: Claim) -> None:
     holder = json.loads(held.path.read_text())
-    in_a_process(_refused, held.path.parent, f"process {os.getpid()} on {holder['host']}, since {holder['since']}. ")
+    in_a_process(_refused, folder_of(held), f"process {os.getpid()} on {holder['host']}, since {holder['since']}. ")
     held.hold()  # still ours
 
 
 def test_a_second_run_of_this_process_is_told_to_close_the_first(held: Claim) -> None:
     with pytest.raises(ValueError, match=rf"process {os.getpid()} on .* \(this one: close its trainer\), since "):
-        Claim(held.path.parent).hold()
+        Claim(folder_of(held)).hold()
     held.release()
-    Claim(held.path.parent).hold()
+    Claim(folder_of(held)).hold()
 
 
 def _holds_and_dies(folder: Path) -> None:
@@ -74,22 +78,22 @@ def _holds_and_dies(folder: Path) -> None:
 
 
 def test_a_dead_holder_on_this_machine_is_taken_over_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    in_a_process(_holds_and_dies, tmp_path)
-    ours = Claim(tmp_path)
+    in_a_process(_holds_and_dies, tmp_path / "run")
+    ours = Claim(tmp_path / "run")
     start = time.monotonic()
     ours.hold()
     assert time.monotonic() - start < claim._EXCHANGE + 0.3  # not watched
     assert "which is gone; this run takes it over." in caplog.text
     ours.release()
-    assert not tmp_path.exists()
+    assert not tmp_path.exists()  # nothing is left
 
 
 def test_a_process_that_is_dead_and_not_buried_is_dead(tmp_path: Path) -> None:
-    process = _SPAWN.Process(target=_holds_and_dies, args=(tmp_path,))
+    process = _SPAWN.Process(target=_holds_and_dies, args=(tmp_path / "run",))
     process.start()
     while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
         time.sleep(0.01)
-    Claim(tmp_path).hold()
+    Claim(tmp_path / "run").hold()
     process.join()
 
 
@@ -98,7 +102,7 @@ def test_a_holder_elsewhere_that_counts_is_alive_and_one_that_does_not_is_dead(
     place: str, held: Claim, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    folder = held.path.parent
+    folder = folder_of(held)
     holder = written(held, place=place, host="elsewhere")
     stop = threading.Event()
 
@@ -126,7 +130,7 @@ def test_a_holder_elsewhere_that_counts_is_alive_and_one_that_does_not_is_dead(
 def test_a_claim_that_is_given_back_while_it_is_watched_is_free(held: Claim) -> None:
     written(held, place="", host="elsewhere")
     threading.Timer(0.1, held.path.unlink).start()
-    ours = Claim(held.path.parent)
+    ours = Claim(folder_of(held))
     ours.hold()
     ours.release()
 
@@ -155,11 +159,11 @@ def test_of_many_that_come_at_once_one_has_the_folder(
     """Without hard links, as on mounts of object stores, and with a dead holder's claim to take over."""
     if not links:
         monkeypatch.setattr(claim.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("not supported")))
-        in_a_process(_holds_and_dies, tmp_path)
+        in_a_process(_holds_and_dies, tmp_path / "run")
     start, won, lost = threading.Barrier(6), [], []
 
     def run() -> None:
-        ours = Claim(tmp_path)
+        ours = Claim(tmp_path / "run")
         start.wait()
         try:
             ours.hold()
@@ -174,10 +178,10 @@ def test_of_many_that_come_at_once_one_has_the_folder(
         thread.join()
     assert len(won) == 1 and len(lost) == 5
     won[0].release()
-    assert not tmp_path.exists()
+    assert not tmp_path.exists()  # nothing is left
 
 
 def test_a_damaged_claim_says_what_to_do(held: Claim) -> None:
     held.path.write_text("")
     with pytest.raises(ValueError, match=r"writer\.json is damaged .*Delete it if no run writes to its folder\."):
-        Claim(held.path.parent).hold()
+        Claim(folder_of(held)).hold()
