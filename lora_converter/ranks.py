@@ -34,6 +34,11 @@ def together(check: Callable[[], T]) -> T:
     return result
 
 
+def on_first_rank(write: Callable[[], None]) -> None:
+    """Does what is done once; the others wait for it, and raise what it raises (see `together`)."""
+    together(lambda: write() if is_first_rank() else None)
+
+
 def agreed(value: T, what: str) -> T:
     """Returns `value` if it is the same on all ranks.
 

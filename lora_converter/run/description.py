@@ -6,7 +6,7 @@ step-N/lora.json    model, flavor, base with its fingerprint, and the settings o
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Description:
         base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
+        data: What the batches were made of, option -> value; empty in steps of older versions.
     """
 
     model: str
@@ -52,13 +53,14 @@ class Description:
     lora: dict[str, Any]
     base_fingerprint: str = ""
     custom_import: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of_job(job: Job, base_fingerprint: str) -> "Description":
         """That of a job's steps."""
         lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
         base = job.base.path if job.base else ""
-        return Description(job.model, job.flavor, base, lora, base_fingerprint, job.custom_import)
+        return Description(job.model, job.flavor, base, lora, base_fingerprint, job.custom_import, job.data)
 
     @staticmethod
     def read(folder: str | Path) -> "Description | None":
@@ -76,9 +78,9 @@ class Description:
             return None
         except TypeError as e:
             raise ValueError(f"{path} is damaged ({e}).") from None
-        others = {name: value for name, value in vars(description).items() if name != "lora"}
-        if not all(isinstance(value, str) for value in others.values()):
-            raise ValueError(f"{path} is damaged: model, flavor and base must be strings.")
+        kinds = {"lora": dict, "data": dict}
+        if not all(isinstance(value, kinds.get(name, str)) for name, value in vars(description).items()):
+            raise ValueError(f"{path} is damaged: model, flavor and base must be strings, data a table.")
         return description
 
     def write(self, folder: str | Path) -> None:
@@ -106,6 +108,11 @@ class Description:
         for where, more in (("there", there - here), ("here", here - there)):
             found += [f"{len(more)} linears are adapted only {where}: {', '.join(sorted(more))}"] if more else []
         return found
+
+    def data_differences(self, data: dict[str, Any]) -> list[str]:
+        """What the batches of this step and of a job are made of differently, one phrase each."""
+        pairs = [(option, value, data.get(option)) for option, value in self.data.items()]
+        return [f"{option} was {there!r} and is {here!r}" for option, there, here in pairs if there != here]
 
     def _pattern_differences(self, job: "Description", fqns: list[str]) -> list[str]:
         """Linears that have another rank or alpha by the patterns."""

@@ -5,15 +5,16 @@ A host is a trainer, with its way of building models and of configuring jobs. It
 1. builds the model, calls `apply_lora` (with its `factor_class` and `canonical_name`, if it needs them), and lets
    `reset_adapters`, `mark_partial_gradients` and `freeze_base` follow its own initialisation of weights;
 2. calls `sum_partial_gradients` once per step, before it clips;
-3. makes one `Run` of what it is, and calls `load` before the first step, `after_step` after each, `prepare_step`
-   before it writes a step, `export` for a PEFT directory, and `finish` at the end.
+3. makes one `Run` of what it is, and calls `load` before the first step, `ends_after` and `after_step` after each,
+   `prepare_step` before it writes a step, `export` for a PEFT directory, `end` where `ends_after` said so and the step
+   is written, and `finish` at the end, also after an error.
 
 Nothing here imports a host.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -64,6 +65,9 @@ class Host(Protocol):
 
     def end_at(self, step: int) -> None:
         """Leaves nothing to train after `step`."""
+
+    def end_process(self, exit_code: int) -> NoReturn:
+        """Closes what the trainer has open, and ends the process: a signal asked for it, and the step is saved."""
 
 
 class ModelSource(Protocol):

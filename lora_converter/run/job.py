@@ -3,8 +3,8 @@
 No postponed annotations here: torchtitan merges `RunConfig` into its job config by the types of its fields.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -74,6 +74,8 @@ class Job:
         export_dtype: Of what that holds.
         custom_import: Module that registers the model with the host; empty if the host has it.
         not_loaded: Parts of a step that are left out of loading: "optimizer", "dataloader", ...
+        saves: Whether the run writes to its folder at all.
+        data: What its batches are made of, option -> value: under other values a step's place in the data is none.
     """
 
     model: str
@@ -87,3 +89,5 @@ class Job:
     export_dtype: torch.dtype = torch.float32
     custom_import: str = ""
     not_loaded: tuple[str, ...] = ()
+    saves: bool = True
+    data: dict[str, Any] = field(default_factory=dict)

@@ -13,19 +13,23 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.merge import merge_directories
-from lora_converter.ranks import agreed, is_first_rank, together
+from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
+from lora_converter.run.branch import Branch
+from lora_converter.run.claim import Claim, check_shared
 from lora_converter.run.dropout import DropoutSeeds
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
 from lora_converter.run.hyperparameters import Hyperparameters
 from lora_converter.run.model import RunModel
+from lora_converter.run.preemption import Preemption
 from lora_converter.run.sources import BaseSource, Source, StepSource
 from lora_converter.run.steps import Step, discard, newest_step, read_step
 
@@ -49,6 +53,8 @@ class Run:
             host.around_trial_forwards(self._dropout.unseen)
         self._hyperparameters = Hyperparameters(host.optimizers, host.lr_schedulers)
         self._merge: Callable[[], None] | None = None
+        self._claim, self._branch = Claim(self.job.folder), Branch(self.job.folder)
+        self._preemption = Preemption()
         if self.job.exports_peft:
             check_peft_forms_everywhere(self.model)
 
@@ -63,22 +69,20 @@ class Run:
             ValueError: On all ranks, if on one a folder is not there, lacks keys, has other shapes or belongs to
                 another run or base; nothing but the base was loaded then.
         """
-        found = together(lambda: self._find_step(step))
-        agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
-        sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
-        if found:
-            sources.append(StepSource(self.model, found, self._load_end))
-        elif self.config.initial_adapter_path:
-            sources.append(self._initial_adapter(self.config.initial_adapter_path))
-        for source in sources:
-            source.check()
-        for source in sources:
-            source.load()
-        for change in self._hyperparameters.put_back() if found else ():
-            logger.info(f"LoRA: {change}")
-        if self._dropout:
-            self._dropout.continue_after(found.number if found else 0)
-        return bool(sources)
+        if not self.job.saves:
+            return self._load(step)[0]
+        on_first_rank(self._claim.hold)
+        try:
+            loaded, done = self._load(step)
+        except BaseException:
+            self._claim.release()  # what was refused writes nothing
+            raise
+        self._preemption.listen(done)
+        return loaded
+
+    def ends_after(self, step: int) -> bool:
+        """Whether a signal ends the run after this step, which is to be saved then, and `end` called. On all ranks."""
+        return step < self.job.steps and self._preemption.ends_after(step)
 
     def after_step(self, step: int, *, saves: bool) -> bool:
         """Looks at the adapters, before the gradients go; the generator is seeded for the next step.
@@ -100,14 +104,17 @@ class Run:
         """Makes room for a step folder and writes its description. Never onto an older step."""
 
         def make_room() -> None:
-            if is_first_rank():
-                discard(Path(path))
-                self.model.description.write(path)
+            self._claim.hold()
+            self._branch.settle()
+            discard(Path(path))
+            self.model.description.write(path)
 
-        together(make_room)
+        on_first_rank(make_room)
 
     def export(self, step: int) -> None:
         """Writes a step as a PEFT directory; what is merged of it follows in `finish`."""
+        on_first_rank(self._claim.hold)
+        on_first_rank(self._branch.settle)
         self.write_peft(self.step_path(step))
         self._merge_at_the_end(step)
 
@@ -138,14 +145,49 @@ class Run:
     def finish(self) -> None:
         """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""
         merge, self._merge = self._merge, None  # a failure is told once, not again when the host cleans up
-        if merge is not None:
-            merge()
+        try:
+            if merge is not None:
+                merge()
+        finally:
+            self._preemption.close()
+            self._claim.release()
+
+    def end(self, step: int) -> NoReturn:
+        """Ends the process after a step that a signal made the last one for now."""
+        code = self._preemption.exit_code
+        logger.info(f"LoRA: the run ends after step {step}, with exit code {code}. The same launch goes on from there.")
+        self.host.end_process(code)
 
     def step_path(self, step: int) -> str:
         """The folder of a step."""
         return os.path.join(self.job.folder, f"step-{step}")
 
-    def _find_step(self, step: int) -> Step | None:
+    def _load(self, step: int) -> tuple[bool, int]:
+        """Whether anything was loaded, and how many steps are done."""
+        found = together(lambda: self._find_step(step))
+        agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
+        sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
+        if found:
+            sources.append(StepSource(self.model, found, self._load_end))
+        elif self.config.initial_adapter_path:
+            sources.append(self._initial_adapter(self.config.initial_adapter_path))
+        for source in sources:
+            source.check()
+        if self.job.saves:
+            check_shared(self.job.folder)
+        for source in sources:
+            source.load()
+        if step != -1 and self.job.saves:
+            on_first_rank(lambda: self._branch.begin(step))
+        for change in self._hyperparameters.put_back() if found else ():
+            logger.info(f"LoRA: {change}")
+        done = found.number if found else 0
+        if self._dropout:
+            self._dropout.continue_after(done)
+        return bool(sources), done
+
+    def _find_step(self, load_step: int) -> Step | None:
+        step = self._branch.step_to_load(load_step) if self.job.saves else load_step
         if step == -1:
             loads_state = StepSource.loads_state(self.job)
             found, skipped = newest_step(self.job.folder, last=self.job.steps, needs_state=loads_state)
@@ -154,7 +196,8 @@ class Run:
             return found
         option, path = f"checkpoint.load_step = {step}", self.step_path(step)
         if not os.path.isdir(path):
-            raise ValueError(f"{option}: there is no {path}. Leave it at -1 for the newest step.")
+            remedy = "Leave it at -1" if step == load_step else f"Delete {self._branch.path}"
+            raise ValueError(f"{option}: there is no {path}. {remedy} for the newest step.")
         try:
             return read_step(step, Path(path))
         except ValueError as e:

@@ -16,7 +16,7 @@ from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.base import HuggingFaceBase
 from lora_converter.ranks import agreed
 from lora_converter.run.adapter_sources import PeftSource, check_base_of_adapter, check_run_of_step
-from lora_converter.run.description import MODEL, OPTIMIZER, PARTS
+from lora_converter.run.description import DATALOADER, MODEL, OPTIMIZER, PARTS
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
@@ -144,6 +144,12 @@ class StepSource:
         if self._model_only:
             return model
         wanted = {name: state for name, state in host.states.items() if name not in host.job.not_loaded}
+        description = self._step.description
+        if DATALOADER in wanted and description and (other := description.data_differences(host.job.data)):
+            del wanted[DATALOADER]
+            logger.warning(
+                f"LoRA: other data than in {self._step.path}: {'; '.join(other)}. They start at their beginning."
+            )
         optimizer = wanted.get(OPTIMIZER)
         if isinstance(optimizer, OptimizerState) and self._step.stored is not None:
             prefix = f"{OPTIMIZER}."

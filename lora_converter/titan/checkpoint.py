@@ -26,6 +26,7 @@ class LoRACheckpointManager(CheckpointManager):
 
     def __init__(self, dataloader: Any, model_parts: list[nn.Module], *args: Any, **kwargs: Any):
         super().__init__(dataloader, model_parts, *args, **kwargs)
+        self._ends = False
         model = lora_model(model_parts)
         adapter = self.sd_adapter if self.enable else None
         host = TitanHost(model.lora_job, model_parts, self.states, adapter)
@@ -45,12 +46,22 @@ class LoRACheckpointManager(CheckpointManager):
         return self.run.load(step) if self.enable else False
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
-        """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite."""
+        """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite.
+
+        Also of a step after which a signal ends the run.
+        """
+        self._ends = self.run.ends_after(curr_step)
         saves = self._should_save(curr_step, last_step)
         if self.run.after_step(curr_step, saves=saves):
             super().save(curr_step, last_step)
         elif saves:
             self._async_wait()  # for the last good one
+        if self._ends:
+            self._async_wait()
+            self.run.end(curr_step)
+
+    def _should_save(self, curr_step: int, last_step: bool = False) -> bool:
+        return self._ends or super()._should_save(curr_step, last_step)
 
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         """torchtitan's, beside a description of the run, and never onto an older step."""

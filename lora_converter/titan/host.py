@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -88,6 +89,19 @@ class TitanHost:
     def end_at(self, step: int) -> None:
         """See `Host.end_at`."""
         self.trainer.step = step
+
+    def end_process(self, exit_code: int) -> NoReturn:
+        """See `Host.end_process`."""
+        end_process(self.trainer, exit_code)
+
+
+def end_process(trainer: Any, exit_code: int) -> NoReturn:
+    """Closes a trainer and ends the process, as torchtitan does at the end of a run. On all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier()  # who ends first takes the others' store along
+    trainer.close()
+    dist.destroy_process_group()
+    raise SystemExit(exit_code)
 
 
 def log_phase(trainer: Any, number: int) -> None:

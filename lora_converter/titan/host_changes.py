@@ -179,5 +179,11 @@ TRAINER_CHANGES = (
         "a pipeline finds its shapes by a forward whose generator is put back: the step's seed would be lost with it",
         "shapes are found without a forward",
     ),
+    Change(
+        "checkpointer.save",
+        "phases:run_full_phase",
+        "a signal ends phase 1, too, after a step that is saved for it",
+        "the trainer saves and ends on SIGTERM",
+    ),
 )
 """Made by `change_trainer` to one trainer, for a run of ours, and gone with it."""

@@ -26,7 +26,22 @@ def job_of(job_config: Any) -> Job:
         export_dtype=TORCH_DTYPE_MAP[checkpoint.export_dtype],
         custom_import=job_config.experimental.custom_import,
         not_loaded=tuple(name for name in checkpoint.exclude_from_loading if name),
+        saves=checkpoint.enable and not checkpoint.load_only,
+        data=_data_of(job_config),
     )
+
+
+def _data_of(job_config: Any) -> dict[str, Any]:
+    training = job_config.training
+    path = training.dataset_path
+    return {
+        "training.dataset": training.dataset,
+        "training.dataset_path": os.path.realpath(path) if path and os.path.exists(path) else path,
+        "training.seq_len": training.seq_len,
+        "training.local_batch_size": training.local_batch_size,
+        "training.dataloader.num_workers": training.dataloader.num_workers,
+        "debug.seed": job_config.debug.seed,
+    }
 
 
 def base_of(job_config: Any) -> Base | None:

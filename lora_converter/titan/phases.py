@@ -21,8 +21,12 @@ from torchtitan.tools.logging import init_logger, logger
 from torchtitan.train import Trainer
 
 from lora_converter.adapters import apply_lora
+from lora_converter.ranks import on_first_rank
+from lora_converter.run.claim import Claim
+from lora_converter.run.preemption import Preemption
 from lora_converter.titan.checks import check_settings
-from lora_converter.titan.host import log_phase
+from lora_converter.titan.host import end_process, log_phase
+from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.job import FULL_PHASE_FOLDER, full_phase_result
 from lora_converter.titan.models import built_on_meta
 
@@ -58,6 +62,7 @@ def run_full_phase(job_config: Any) -> list[str]:
     else:
         logger.info(f"LoRA: phase 1 of 2, all weights, {phase.steps} steps.")
         _train(full_phase_config(job_config))
+        gc.collect()  # its weights and optimizer, before phase 2 needs the memory
     logger.info(f"LoRA: phase 2 of 2, adapters, {job_config.training.steps} steps.")
     return [
         f"--checkpoint.initial_load_path={result}",
@@ -93,9 +98,27 @@ def full_phase_config(job_config: Any) -> Any:
 def _train(config: Any) -> None:
     trainer = Trainer(config)
     log_phase(trainer, 1)
+    checkpointer, preemption = trainer.checkpointer, Preemption()
+    claim = Claim(checkpointer.folder.removesuffix(FULL_PHASE_FOLDER))
+    on_first_rank(claim.hold)
+
+    def saved_before_the_end(save: Callable[..., None]) -> Callable[..., None]:
+        def save_or_end(step: int, last_step: bool = False) -> None:
+            ends = not last_step and preemption.ends_after(step)
+            if ends:
+                checkpointer.interval = 1  # saves this step
+            save(step, last_step)
+            if ends:
+                checkpointer._async_wait()
+                end_process(trainer, preemption.exit_code)
+
+        return save_or_end
+
+    change_trainer(trainer, "checkpointer.save", saved_before_the_end)
+    preemption.listen(0)
     try:
         trainer.train()
     finally:
         trainer.close()
-    del trainer
-    gc.collect()  # its weights and optimizer, before phase 2 needs the memory
+        preemption.close()
+        claim.release()

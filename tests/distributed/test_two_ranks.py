@@ -1,4 +1,4 @@
-"""Two ranks: `collectives.py`, `live.py`, `trouble.py`, `remedies.py` and `no_gradient.py`, one launch for each."""
+"""Two ranks: one launch for each of the check files in `MODULES`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import collectives
 import live
 import no_gradient
+import operation
 import pytest
 import remedies
 import trouble
 from launch import launch
 
-MODULES = (collectives, live, trouble, remedies, no_gradient)
+MODULES = (collectives, live, trouble, remedies, no_gradient, operation)
 FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
 
 

@@ -40,6 +40,26 @@ def test_the_model_at_the_switch_is_one_model_and_the_rest_is_fresh(tmp_path: Pa
     second.trainer.close()
 
 
+def test_phase_1_begins_at_its_base_although_the_folder_is_claimed_before(dcp_base: Path, tmp_path: Path) -> None:
+    """A checkpoint folder that is there already is one that torchtitan resumes from: it reads no base then."""
+    start_process_group()
+    base = ["--lora.full_phase.steps=1", "--lora.full_phase.lr=1e-30", f"--checkpoint.initial_load_path={dcp_base}"]
+    config = parse(tmp_path, *base)
+    run_full_phase(config)
+    names = {name for name in FileSystemReader(dcp_base).read_metadata().state_dict_metadata if "." in name}
+    names &= set(FileSystemReader(full_phase_result(config)).read_metadata().state_dict_metadata)
+    assert "layers.0.attention.wq.weight" in names
+    before, after = (weights(path, names) for path in (dcp_base, Path(full_phase_result(config))))
+    assert all(torch.equal(before[name], after[name]) for name in names)
+
+
+def weights(path: Path, names: set[str]) -> dict[str, torch.Tensor]:
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    found = {name: torch.empty(stored[name].size) for name in names}
+    dcp.load(found, checkpoint_id=path, no_dist=True)
+    return found
+
+
 def test_the_phase_is_in_the_metrics() -> None:
     class Processor:
         def log(self, step: int, extra_metrics: dict | None = None) -> None:

@@ -156,8 +156,7 @@ def test_a_step_that_is_written_over_never_looks_whole_with_parts_of_two(hf_base
     with killed, pytest.raises(KeyboardInterrupt):
         finish(run)
     run.trainer.close()
-    assert not (step(tmp_path, 2) / ".metadata").exists() and (step(tmp_path, 3) / ".metadata").exists()
-    # What killed it had begun to write would be there beside lora.json.
+    # What killed it had begun to write would be there beside lora.json; the older ones were set aside before.
     assert os.listdir(step(tmp_path, 2)) == ["lora.json"]
 
 

@@ -45,8 +45,8 @@ class ForkedJob:
         self.arguments = ["--job.config_file", str(ROOT / "configs" / config), *SMALL, *options]
         self.arguments.append(f"--job.dump_folder={folder}")
 
-    def launch(self) -> None:
-        """Starts the ranks."""
+    def launch(self, *options: str) -> None:
+        """Starts the ranks, with further options for this launch."""
         # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
         with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
             forkserver.ensure_running()
@@ -56,7 +56,9 @@ class ForkedJob:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
         self._processes = [
-            _FORK.Process(target=_run_rank, args=(rank, self.ranks, port, self.arguments, str(self._log(rank))))
+            _FORK.Process(
+                target=_run_rank, args=(rank, self.ranks, port, [*self.arguments, *options], str(self._log(rank)))
+            )
             for rank in range(self.ranks)
         ]
         for process in self._processes:
@@ -76,7 +78,19 @@ class ForkedJob:
         """SIGKILL to all ranks."""
         for process in self._processes:
             process.kill()
-        self._join()
+        self.exit_codes()
+
+    def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
+        """A signal to some ranks; to all if left out. Those that have ended get none."""
+        for rank in range(self.ranks) if ranks is None else ranks:
+            if self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, number)
+
+    def exit_codes(self) -> list[int]:
+        """Waits for all ranks."""
+        for process in self._processes:
+            process.join()
+        return [process.exitcode for process in self._processes]
 
     def run(self) -> None:
         """Launches and waits for a good end.
@@ -115,10 +129,6 @@ class ForkedJob:
     def trained_to(self) -> int:
         """The last step that rank 0 has logged in this launch; 0 if none."""
         return max((int(number) for number in re.findall(r"step: +(\d+)", self.text())), default=0)
-
-    def _join(self) -> None:
-        for process in self._processes:
-            process.join()
 
     def _log(self, rank: int) -> Path:
         return self.folder / f"launch-{self._launches}.rank-{rank}.log"

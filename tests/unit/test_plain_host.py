@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -65,6 +65,10 @@ class PlainHost:
     def end_at(self, step: int) -> None:
         self.step = step
 
+    def end_process(self, exit_code: int) -> NoReturn:
+        self.run.finish()
+        raise SystemExit(exit_code)
+
     def train(self, to: int | None = None) -> "PlainHost":
         model = self.model_parts[0]
         self.run.load()
@@ -78,10 +82,13 @@ class PlainHost:
             self.losses.append(loss.item())
             for look in self.after_logging:
                 look(norm.item())
+            ends = self.run.ends_after(self.step)
             if self.run.after_step(self.step, saves=True):
                 path = self.run.step_path(self.step)
                 self.run.prepare_step(path)
                 dcp.save({**self.states, **self.run.model.stored.state_dict()}, checkpoint_id=path, no_dist=True)
+            if ends:
+                self.run.end(self.step)
         self.run.finish()
         return self
 
@@ -154,7 +161,8 @@ def test_each_file_of_a_start_is_read_once(base: Path, tmp_path: Path, monkeypat
         original = getattr(Path, method)
 
         def counted(path: Path, *args: Any, original: Callable = original, **kwargs: Any) -> Any:
-            read.append(str(path.relative_to(tmp_path)))
+            if path.is_relative_to(tmp_path):
+                read.append(f"{path.relative_to(tmp_path)}")
             return original(path, *args, **kwargs)
 
         monkeypatch.setattr(Path, method, counted)
