@@ -120,8 +120,8 @@ def test_what_a_row_says_to_do_is_done_by_the_test_behind_it_after_the_rows_trou
 
 
 ASKS = re.compile(
-    r"(?:for .* )?(?:add|allow|call|check|convert|delete|derive|end|exclude|give|have it|keep|leave|load|merge|name|put|"
-    r"remove|rename|resume|set|start|take|untie|use|write) ",
+    r"(?:for .* )?(?:add|allow|call|check|convert|delete|derive|end|exclude|give|have it|keep|leave|load|merge|name|"
+    r"put|remove|rename|resume|set|start|take|untie|use|write) ",
     re.I,
 )
 """How a part of a message begins that asks for something."""
