@@ -5,6 +5,7 @@ PeftSource       a PEFT directory
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class AdapterSource:
         """Compares settings, keys and shapes."""
         hint = "It has no adapter_config.json either, so it is no PEFT directory."
         stored = stored_in(self._path, ADAPTER_OPTION, hint=hint)
+        _check_has_base(self._model, self._path, stored.state_dict_metadata)
         description = together(lambda: Description.read(self._path))
         self._step = Step(0, Path(self._path), stored, description=description)
         self._base_fingerprint = check_run_of_step(self._model, self._step)
@@ -70,6 +72,7 @@ class PeftSource:
         """Compares settings, names and shapes."""
         model, adapter = self._model, self._model.host.naming
         assert adapter is not None
+        _check_has_base(model, self._path)
         check_peft_forms_everywhere(model)
         names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
         adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path, adapter, linears)
@@ -111,6 +114,17 @@ def _check_copies(model: RunModel, copies: dict[str, torch.Tensor], path: str) -
     if found := union_over_ranks(other) + unknown:
         raise ValueError(base_weights_in_training(path, found))
     logger.info(f"LoRA: {', '.join(copies)} of {path} are the base's own, and dropped.")
+
+
+def _check_has_base(model: RunModel, path: str, stored: Iterable[str] = ()) -> None:
+    """Refuses adapters in a job whose base is random, which is not the one that they were trained on."""
+    job = model.host.job
+    if job.base is None and not job.config.accept_other_base:
+        itself = f": {path} itself, which stores it" * bool(set(stored) & set(model.base_names()))
+        raise ValueError(
+            f"{ADAPTER_OPTION}: {path} was not trained on this job's base, which is random. Set "
+            f"checkpoint.initial_load_path to the base it was trained on{itself}."
+        )
 
 
 def check_peft_forms_everywhere(model: RunModel) -> None:

@@ -91,18 +91,19 @@ class StepSource:
     def check(self) -> None:
         """Compares settings, keys and shapes, and whether the base comes from where the step needs it from."""
         agreed(self._step.is_peft, f"Whether {self._step.path} is a PEFT directory")
-        if self._peft is not None:
-            self._peft.check()
-            return
         step, job = self._step, self._model.host.job
-        assert step.stored is not None
-        agreed_metadata(step.path, f"checkpoint.load_step = {step.number}", step.digest)
-        self._check_base(step.stored.state_dict_metadata)
+        if step.stored is not None:
+            agreed_metadata(step.path, f"checkpoint.load_step = {step.number}", step.digest)
+            self._check_base(step.stored.state_dict_metadata)
         if self._lacks_state:
             raise ValueError(
                 f"{step.no_state}. To train on from its adapters, name it as lora.initial_adapter_path in a new "
                 "job.dump_folder, or resume an earlier step with checkpoint.load_step."
             )
+        if self._peft is not None:
+            self._peft.check()
+            return
+        assert step.stored is not None
         self._base_fingerprint = ""
         if MODEL not in job.not_loaded:
             self._base_fingerprint = check_run_of_step(self._model, step)

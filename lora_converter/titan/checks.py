@@ -109,7 +109,8 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
     if two_phases and config.initial_load_in_hf and under_tp:
         yield (
             "lora.full_phase with checkpoint.initial_load_in_hf = true under FSDP2 x TP: torchtitan 0.2.2 loads the "
-            "base of that phase, and may give it other rows of q and k there. Convert the base to DCP first."
+            "base of that phase, and may give it other rows of q and k there. Convert the base to DCP first: a job "
+            'without "lora" and TP, of one step with optimizer.lr = 0, saves it.'
         )
     if base_of(job_config) and not config.initial_load_model_only:
         yield (

@@ -1,4 +1,4 @@
-"""Two ranks: `collectives.py`, `live.py`, `trouble.py`, `no_gradient.py` and `operation.py`, one launch for each."""
+"""Two ranks: `collectives`, `live`, `trouble`, `remedies`, `no_gradient` and `operation`, one launch for each."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,11 @@ import live
 import no_gradient
 import operation
 import pytest
+import remedies
 import trouble
 from launch import launch
 
-MODULES = (collectives, live, trouble, no_gradient, operation)
+MODULES = (collectives, live, trouble, remedies, no_gradient, operation)
 FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
 
 

@@ -34,7 +34,9 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=TOKENS).logits
 
 
-def peft_adapter(folder: Path, base: Path, *, model: LlamaForCausalLM | None = None, **options: Any) -> torch.Tensor:
+def peft_adapter(
+    folder: Path, base: Path, *, model: LlamaForCausalLM | None = None, save_embeddings: bool = False, **options: Any
+) -> torch.Tensor:
     """An adapter that PEFT made and saved, and the logits with it."""
     model = model or tiny_llama()
     model.name_or_path = str(base)
@@ -43,7 +45,9 @@ def peft_adapter(folder: Path, base: Path, *, model: LlamaForCausalLM | None = N
         for number, (name, param) in enumerate(model.named_parameters()):
             if "lora_" in name:
                 param.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
-    model.save_pretrained(folder, save_embedding_layers="lm_head" in options.get("target_modules", ()))
+    model.save_pretrained(
+        folder, save_embedding_layers=save_embeddings or "lm_head" in options.get("target_modules", ())
+    )
     return logits(model)
 
 

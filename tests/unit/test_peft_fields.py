@@ -327,7 +327,7 @@ def test_the_line_that_converts_pickled_weights_does(folder: Path, capsys: pytes
     expected = load_peft(folder)
     torch.save(load_file(folder / WEIGHTS_FILE), folder / "adapter_model.bin")
     (folder / WEIGHTS_FILE).unlink()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="pickled weights are not read") as error:
         load_peft(folder)
     command = str(error.value).split("convert it in its folder: ")[1]
     subprocess.run(command.replace("python", __import__("sys").executable, 1), shell=True, check=True, cwd=folder)
