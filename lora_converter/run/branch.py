@@ -67,7 +67,7 @@ class Branch:
             return record.start
         if load_step != -1:
             logger.info(
-                f"LoRA: checkpoint.load_step = {load_step}: an earlier launch went back there, and this one continues "
+                f"LoRA: checkpoint.load_step = {load_step}. An earlier launch went back there, and this one continues "
                 f"it. To go back once more, delete {self.path}."
             )
         return -1

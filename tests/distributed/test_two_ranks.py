@@ -1,4 +1,4 @@
-"""Two ranks: one launch for each of the check files in `MODULES`."""
+"""Two ranks: `collectives`, `live`, `trouble`, `remedies`, `no_gradient` and `operation`, one launch for each."""
 
 from pathlib import Path
 from typing import Any

@@ -60,6 +60,7 @@ def test_a_branch_goes_on_from_its_own_newest_step_with_load_step_and_without(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
     assert started_at(build(folder, *options, *BACK, "--training.steps=7")) == 5
+    assert "An earlier launch went back there, and this one continues it." in caplog.text
     assert f"To go back once more, delete {folder}/checkpoint/branch.json." in caplog.text
     assert started_at(build(folder, *options, BACK[1], "--training.steps=9")) == 7
     whole = tmp_path_factory.mktemp("whole")
@@ -170,7 +171,7 @@ def test_a_damaged_record_is_refused_and_can_be_deleted(text: str, options: list
     path = folder / "checkpoint" / "branch.json"
     path.write_text(text)
     run = build(folder, *options, "--training.steps=9")
-    with pytest.raises(ValueError, match=r"branch\.json .*Delete it to go on from the newest step"):
+    with pytest.raises(ValueError, match=r"branch\.json is damaged .*Delete it to go on from the newest step"):
         run.trainer.checkpointer.load()
     run.trainer.close()
     path.unlink()

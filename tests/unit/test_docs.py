@@ -107,6 +107,8 @@ NOTHING_TO_DO = {
     "are saved without optimizer state",
     "is not saved: its adapters hold nan or inf",
     "was made for the base",
+    "other data than in",
+    "ends at once, without a save: ",
 }
 """Rows that explain, and ask for nothing."""
 
