@@ -97,7 +97,7 @@ def test_a_finished_run_is_resumed_at_an_earlier_step(last: list[str], hf_base: 
     found = goes_on(tmp_path / "run", *on(hf_base), *LONGER, "--checkpoint.load_step=2")
     assert found.losses == whole.losses[2:] and same(adapter_state(found), adapter_state(whole))
     if last:
-        assert load_peft(step(tmp_path / "run", 3)).rank == 4
+        assert load_peft(tmp_path / "run" / "checkpoint" / "set-aside-1" / "step-3").rank == 4
 
 
 def test_a_run_whose_last_step_kept_all_is_extended_from_its_very_end(hf_base: Path, tmp_path: Path) -> None:
