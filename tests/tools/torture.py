@@ -90,7 +90,7 @@ def torture(
     whole.run()
     counts, trained, branch, started = Counts(), 0, Branch(job.folder), True
     while True:
-        goes_back = started and counts.rollbacks < moves and rng.random() < 0.6 and branch.choices()
+        goes_back = started and counts.rollbacks < moves and rng.random() < 0.8 and branch.choices()
         if goes_back:
             branch.go_back(rng.choice(goes_back))
             counts.rollbacks += 1
