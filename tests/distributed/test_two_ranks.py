@@ -1,5 +1,7 @@
 """Two ranks: `collectives`, `live`, `trouble`, `remedies`, `no_gradient` and `operation`, one launch for each."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,25 @@ import remedies
 import trouble
 from launch import launch
 
-MODULES = (collectives, live, trouble, remedies, no_gradient, operation)
-FILES = {f"{module.__name__}.py": list(module.CHECKS) for module in MODULES}
+QUICK, SLOW = (collectives, live, trouble, operation), (remedies, no_gradient)
+CHECKS = {check: module for module in (*QUICK, *SLOW) for check in module.CHECKS}
 
 
 @pytest.fixture(scope="module")
-def verdicts(bases: Path) -> dict[str, Any]:
-    found = {}
-    for file, checks in FILES.items():
-        folder = bases / file.removesuffix(".py")
+def verdicts(bases: Path) -> Callable[[str], Any]:
+    """That of a check; the first one of a file launches all of them."""
+
+    @functools.cache
+    def launched(name: str, *checks: str) -> dict[str, Any]:
+        folder = bases / name
         folder.mkdir()
-        found.update(launch(file, ranks=2, folder=folder, checks=checks))
-    return found
+        return launch(f"{name}.py", ranks=2, folder=folder, checks=checks)
+
+    return lambda check: launched(CHECKS[check].__name__, *CHECKS[check].CHECKS)[check]
 
 
-@pytest.mark.parametrize("claim", [claim for checks in FILES.values() for claim in checks])
-def test_two_ranks(verdicts: dict[str, Any], claim: str) -> None:
-    assert not verdicts[claim]["error"], verdicts[claim]["error"]
+@pytest.mark.parametrize(
+    "claim", [pytest.param(check, marks=[pytest.mark.slow] * (module in SLOW)) for check, module in CHECKS.items()]
+)
+def test_two_ranks(verdicts: Callable[[str], Any], claim: str) -> None:
+    assert not verdicts(claim)["error"], verdicts(claim)["error"]

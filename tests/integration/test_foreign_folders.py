@@ -444,6 +444,7 @@ def test_patterns_can_be_set_on_the_command_line(tmp_path: Path) -> None:
 # Models that the user's own module registers
 
 
+@pytest.mark.slow
 def test_a_step_of_a_model_that_a_module_of_the_users_registers_is_exported(hf_base: Path, tmp_path: Path) -> None:
     (tmp_path / "my_models.py").write_text(
         "from torchtitan.models.llama3 import TransformerModelArgs, llama3_args\n"

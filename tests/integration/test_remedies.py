@@ -13,6 +13,8 @@ from test_resume import on, step
 
 from lora_converter.cli import main
 
+pytestmark = pytest.mark.slow
+
 FLOAT8 = "--quantize.linear.float8.emulate"
 PEFT_OUT = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
 NO_BASE = ["--checkpoint.initial_load_path=", "--checkpoint.no-initial_load_in_hf"]

@@ -8,6 +8,8 @@ from test_checkpoint import failing
 from test_remedies_of_runs import LONGER, goes_on
 from test_resume import EVERY_STEP, loaded, on
 
+pytestmark = pytest.mark.slow
+
 JOB = [EVERY_STEP, *LONGER]
 
 

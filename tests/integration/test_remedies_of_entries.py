@@ -18,6 +18,8 @@ from lora_converter.peft import load_peft
 from lora_converter.titan.checkpoint import LoRACheckpointManager
 from lora_converter.titan.phases import run_full_phase
 
+pytestmark = pytest.mark.slow
+
 # Two phases
 
 

@@ -24,6 +24,8 @@ from lora_converter.cli import main
 from lora_converter.merge import merge_directories
 from lora_converter.peft import load_peft
 
+pytestmark = pytest.mark.slow
+
 # Bases
 
 

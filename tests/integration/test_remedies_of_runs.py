@@ -12,6 +12,8 @@ from test_resume import EVERY_STEP, loaded, on, refused, rewritten, step
 
 from lora_converter.peft import PeftAdapter, load_peft, save_peft
 
+pytestmark = pytest.mark.slow
+
 ONCE = "--checkpoint.interval=100"
 ADAPTERS_ALONE = "--checkpoint.last_save_model_only"
 PEFT = ["--checkpoint.last_save_in_hf", "--checkpoint.export_dtype=float32"]
