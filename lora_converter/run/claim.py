@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 from lora_converter.files import read_json
@@ -65,7 +65,7 @@ class Holder:
     @staticmethod
     def here() -> "Holder":
         """This process, from now on."""
-        since = datetime.now(UTC).isoformat(timespec="seconds")
+        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
         process = os.getpid()
         return Holder(socket.gethostname(), process, since, _place(), _started(process), uuid.uuid4().hex)
 
