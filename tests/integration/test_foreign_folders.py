@@ -1,4 +1,4 @@
-"""Bases and adapters from elsewhere, through the trainer and the command: folders, names, copies, patterns, numbers."""
+"""Bases from elsewhere, through the trainer and the command: which files count, and what a merge makes of them."""
 
 import json
 import logging
@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT, adapter_state, build, finish, full_state, parse, train
+from harness import build, finish, full_state, train
 from hf_models import tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lora_converter.cli import main
-from lora_converter.inspect import describe_adapter
 from lora_converter.merge import merge_directories
-from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, load_peft
+from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE
 
 TOKENS = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
 
@@ -214,234 +213,6 @@ def test_a_merge_at_the_end_that_fails_is_tried_once(hf_base: Path, tmp_path: Pa
     run.trainer.checkpointer.close()
     run.trainer.checkpointer.__del__()
     assert len(calls) == 1
-
-
-def test_adapters_train_in_fp32_where_the_model_is_in_bf16(hf_base: Path, tmp_path: Path) -> None:
-    options = [
-        *on(hf_base),
-        "--training.dtype=bfloat16",
-        "--training.mixed_precision_param=bfloat16",
-        "--optimizer.lr=2e-5",
-    ]
-    run = build(tmp_path, *options, "--checkpoint.interval=2")
-    before = {name: value for name, value in adapter_state(run).items() if "lora_a" in name}
-    finish(run)
-    after = adapter_state(run)
-    assert {value.dtype for value in after.values()} == {torch.float32}
-    moved = torch.cat([(after[name] != value).flatten() for name, value in before.items()]).float().mean()
-    assert moved > 0.9  # in bf16 5 to 9 %
-    states = run.trainer.optimizers.optimizers[0].state.values()
-    assert {value.dtype for state in states for value in state.values()} == {torch.float32}
-
-
-def test_steps_that_older_versions_saved_in_bf16_still_resume(hf_base: Path, tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    run = train(tmp_path, *on(hf_base), "--training.steps=2", "--checkpoint.interval=2")
-    step = tmp_path / "checkpoint" / "step-2"
-    kept = (step / "lora.json").read_bytes()
-    states = run.trainer.checkpointer.run.host.states
-    adapters = {name: value.bfloat16() for name, value in adapter_state(run).items()}
-    optimizer = {
-        name: value.bfloat16() if isinstance(value, torch.Tensor) and value.ndim else value
-        for name, value in states["optimizer"].state_dict().items()
-    }
-    shutil.rmtree(step)
-    dcp.save({**states, "optimizer": optimizer, **adapters}, checkpoint_id=step)
-    (step / "lora.json").write_bytes(kept)
-    again = build(tmp_path, *on(hf_base), "--training.steps=3")
-    finish(again)
-    assert len(again.losses) == 1 and {v.dtype for v in adapter_state(again).values()} == {torch.float32}
-
-
-# Adapters that bring more than factors, or other names
-
-
-@pytest.mark.parametrize("changed", [False, True])
-def test_copies_of_base_weights_are_dropped_where_they_are_the_bases_and_else_refused_in_training(
-    changed: bool, hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    model = AutoModelForCausalLM.from_pretrained(hf_base, dtype=torch.float32, attn_implementation="eager")
-    if changed:
-        with torch.no_grad():
-            model.lm_head.weight[3] += 1.0
-    expected = peft_adapter(tmp_path / "adapter", hf_base, model=model, target_modules=["q_proj", "lm_head"])
-    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter" / WEIGHTS_FILE)
-    start = [*on(hf_base), f"--lora.initial_adapter_path={tmp_path}/adapter"]
-    run = build(tmp_path / "run", *start, "--lora.rank=16")
-    if changed:
-        with pytest.raises(ValueError, match=r"brings output\.weight of another base than this one.*Merge it first"):
-            run.trainer.checkpointer.load()
-    else:
-        run.trainer.checkpointer.load()
-        with torch.no_grad():
-            found = run.trainer.model_parts[0].eval()(TOKENS)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        assert "output.weight of" in caplog.text and "are the base's own, and dropped" in caplog.text
-    run.trainer.close()
-    merge_directories(hf_base, tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
-
-
-def renamed(folder: Path, old: str, new: str) -> None:
-    tensors = load_file(folder / WEIGHTS_FILE)
-    save_file({key.replace(old, new): value for key, value in tensors.items()}, folder / WEIGHTS_FILE)
-
-
-@pytest.mark.parametrize("prefix", ["model.language_model.layers", "language_model.model.layers", "layers"])
-def test_an_adapter_of_a_larger_model_or_a_smaller_one_is_read(prefix: str, hf_base: Path, tmp_path: Path) -> None:
-    expected = peft_adapter(tmp_path / "adapter", hf_base)
-    renamed(tmp_path / "adapter", "base_model.model.model.layers", f"base_model.model.{prefix}")
-    merge_directories(hf_base, tmp_path / "adapter", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
-    run = build(tmp_path / "run", *on(hf_base), f"--lora.initial_adapter_path={tmp_path}/adapter", "--lora.rank=16")
-    run.trainer.checkpointer.load()
-    with torch.no_grad():
-        found = run.trainer.model_parts[0].eval()(TOKENS)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    run.trainer.close()
-
-
-def test_a_part_that_the_base_has_not_is_not_taken_for_another(hf_base: Path, tmp_path: Path) -> None:
-    peft_adapter(tmp_path / "adapter", hf_base)
-    renamed(tmp_path / "adapter", "base_model.model.model.layers", "base_model.model.vision_tower.layers")
-    with pytest.raises(ValueError, match=r"vision_tower\.layers\.0\.self_attn\.q_proj\.weight is not in the base"):
-        merge_directories(hf_base, tmp_path / "adapter", tmp_path / "merged")
-
-
-def test_a_name_that_may_be_several_is_an_error_with_the_candidates(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    weights = {f"{part}.layers.0.q_proj.weight": torch.zeros(4, 4) for part in ("model", "text_model")}
-    save_file(weights, base / "model.safetensors")
-    from lora_converter.peft import PeftAdapter, save_peft
-
-    factors = {"transformer.layers.0.q_proj": (torch.ones(1, 4), torch.ones(4, 1))}
-    save_peft(PeftAdapter(factors, 1, 1.0, 0.0, False, ["q_proj"]), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"may be any of model\.layers\.0\.q_proj, text_model\.layers\.0\.q_proj"):
-        merge_directories(base, tmp_path / "adapter", tmp_path / "merged")
-
-
-# Ranks and alphas of single linears, through the trainer
-
-
-PATTERNS = '[lora.rank_pattern]\n"attention.wq" = 6\n"layers.1.*" = 3\n[lora.alpha_pattern]\n"w2" = 5.0\n'
-
-
-def patterned(tmp_path: Path, text: str = PATTERNS) -> Path:
-    config = tmp_path / f"patterns-{len(list(tmp_path.glob('patterns-*')))}.toml"
-    config.write_text((ROOT / "configs" / "debug_lora.toml").read_text() + "\n" + text)
-    return config
-
-
-def test_patterns_train_resume_export_import_and_merge(hf_base: Path, tmp_path: Path) -> None:
-    text = PATTERNS.replace('"attention.wq"', '"layers.[023].attention.wq"')
-    config = patterned(tmp_path, text)
-    options = [*on(hf_base), "--checkpoint.interval=2", "--lora.rank=4"]
-    whole = train(tmp_path / "whole", *options, "--training.steps=4", config=config)
-    ranks = {name: value.shape[0] for name, value in adapter_state(whole).items() if "lora_a" in name}
-    assert ranks["layers.0.attention.wq.lora_a.weight"] == 6 and ranks["layers.1.attention.wq.lora_a.weight"] == 3
-    assert ranks["layers.2.feed_forward.w2.lora_a.weight"] == 4
-    train(tmp_path / "parts", *options, "--training.steps=2", "--lr_scheduler.total_steps=4", config=config)
-    second = build(tmp_path / "parts", *options, "--training.steps=4", config=config)
-    finish(second)
-    assert len(second.losses) == 2
-    other = build(
-        tmp_path / "parts", *options, "--training.steps=6", config=patterned(tmp_path, text.replace("5.0", "6.0"))
-    )
-    with pytest.raises(ValueError, match=r"lora\.alpha of layers\.0\.feed_forward\.w2 is 5\.0 there and 6\.0 here"):
-        other.trainer.checkpointer.load()
-    other.trainer.close()
-    run = build(tmp_path / "whole", *options, "--training.steps=4", config=config)
-    run.trainer.checkpointer.load()
-    run.trainer.checkpointer.run.write_peft(str(tmp_path / "peft"))
-    with torch.no_grad():
-        expected = run.trainer.model_parts[0].eval()(TOKENS)
-    peft = PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft")
-    torch.testing.assert_close(logits(peft), expected, rtol=1e-4, atol=1e-4)
-    adapter = load_peft(tmp_path / "peft")
-    assert (
-        adapter.rank_of("model.layers.0.self_attn.q_proj") == 6
-        and adapter.alpha_of("model.layers.3.mlp.down_proj") == 5
-    )
-    told = describe_adapter(adapter).splitlines()[0]
-    assert told.startswith("rank 3 to 6, alpha 5 to ") and "scaling 1.25 to " in told
-    start = build(tmp_path / "next", *on(hf_base), f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
-    start.trainer.checkpointer.load()
-    trained, started = adapter_state(run), adapter_state(start)
-    assert all(torch.equal(trained[name], started[name]) for name in trained)
-    merge_directories(hf_base, tmp_path / "peft", tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
-    assert (
-        main(["export", "--checkpoint", str(tmp_path / "whole/checkpoint/step-4"), "--output", str(tmp_path / "x")])
-        == 0
-    )
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "peft" / name).read_bytes()
-    for one in (run, start):
-        one.trainer.close()
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('rank = "8"', "lora.rank = '8': must be an integer of at least 1."),
-        ("rank = 8.0", "lora.rank = 8.0: must be an integer of at least 1."),
-        ("rank = 0", "lora.rank = 0: must be an integer of at least 1."),
-        ("rank = -4", "lora.rank = -4: must be an integer of at least 1."),
-        ("rank = true", "lora.rank = True: must be an integer of at least 1."),
-        ('alpha = "32"', "lora.alpha = '32': must be a finite number above 0."),
-        ("alpha = nan", "lora.alpha = nan: must be a finite number above 0."),
-        ("alpha = 0", "lora.alpha = 0: must be a finite number above 0."),
-        ("alpha = -1.0", "lora.alpha = -1.0: must be a finite number above 0."),
-        ("dropout = 1.0", "lora.dropout = 1.0: must be at least 0 and below 1."),
-        ('dropout = "0.1"', "lora.dropout = '0.1': must be at least 0 and below 1."),
-        ('use_rslora = "false"', "lora.use_rslora = 'false': must be true or false."),
-        ("target_modules = 4", "lora.target_modules = 4: must be a list of non-empty strings."),
-        ('target_modules = "wq"', "lora.target_modules = 'wq': must be a list of non-empty strings."),
-        ("target_modules = []", "lora.target_modules is empty: name at least one linear, or use 'all-linear'."),
-        ("exclude_modules = 1", "lora.exclude_modules = 1: must be a list of non-empty strings."),
-        ('rank_pattern = {wq = "8"}', "lora.rank_pattern['wq'] = '8': must be an integer of at least 1."),
-        ("alpha_pattern = 3", "lora.alpha_pattern = 3: must be a table from patterns to numbers."),
-        ("initial_adapter_path = 3", "lora.initial_adapter_path = 3: must be a string."),
-        ('save_merged = "true"', "lora.save_merged = 'true': must be true or false."),
-        ("rnak = 8", "rnak"),
-    ],
-)
-def test_a_wrong_value_in_the_file_is_named_with_what_is_allowed(text: str, message: str, tmp_path: Path) -> None:
-    config = tmp_path / "job.toml"
-    config.write_text(f'[job]\ncustom_config_module = "lora_converter.titan"\n[lora]\n{text}\n')
-    from torchtitan.config import ConfigManager
-
-    with pytest.raises((ValueError, TypeError, SystemExit)) as error:
-        ConfigManager().parse_args(["--job.config_file", str(config)])
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("q_proj", "'q_proj' matches no linear of the model; the linears are wq, wk, wv, wo, w1, w2, w3, output."),
-        (r".*\.w[qk]$", "Patterns are names, dotted suffixes and globs, not regular expressions."),
-    ],
-)
-def test_names_of_hugging_face_and_regular_expressions_are_no_targets(
-    target: str, message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError) as error:
-        build(tmp_path, "--checkpoint.initial_load_path=", f"--lora.target_modules={target}")
-    assert message in str(error.value)
-
-
-def test_patterns_can_be_set_on_the_command_line(tmp_path: Path) -> None:
-    assert parse(tmp_path, "--lora.rank_pattern", "wq", "8", "w2", "2").lora.rank_pattern == {"wq": 8, "w2": 2}
-
-
-# Models that the user's own module registers
 
 
 @pytest.mark.slow
