@@ -118,6 +118,7 @@ def test_a_holder_elsewhere_that_counts_is_alive_and_one_that_does_not_is_dead(
     thread.start()
     with pytest.raises(ValueError, match=r"is written to by another run: process \d+ on elsewhere"):
         Claim(folder).hold()
+    assert "which is gone" not in caplog.text
     stop.set()
     thread.join()
     ours = Claim(folder)
@@ -179,6 +180,21 @@ def test_of_many_that_come_at_once_one_has_the_folder(
     assert len(won) == 1 and len(lost) == 5
     won[0].release()
     assert not tmp_path.exists()  # nothing is left
+
+
+def test_who_takes_over_waits_whether_somebody_else_does(held: Claim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen the dead one, and the other writes last."""
+    written(held, started="another process")
+    slept = []
+
+    def meanwhile(seconds: float) -> None:
+        slept.append(seconds)
+        written(held, host="elsewhere")
+
+    monkeypatch.setattr(claim.time, "sleep", meanwhile)
+    with pytest.raises(ValueError, match=r"is written to by another run: process \d+ on elsewhere"):
+        Claim(folder_of(held)).hold()
+    assert slept == [claim._EXCHANGE] and claim._EXCHANGE >= 0.5
 
 
 def test_a_damaged_claim_says_what_to_do(held: Claim) -> None:
