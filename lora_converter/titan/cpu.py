@@ -2,9 +2,7 @@
 
 Released torchtitan assumes an accelerator. `prepare` chooses CPU ranks where there is none, before torchtitan is
 imported; the other functions make the values of rows of `host_changes.py`, which say why, so that the same TOML files
-train: FSDP2, HSDP, DDP, TP, PP, CP, compile and the debug MoE models.
-
-Not possible here: models that need FlexAttention's backward (gpt_oss), which has no CPU kernel.
+train: FSDP2, HSDP, DDP, TP, PP, CP, compile, document masks (FlexAttention, uncompiled) and the debug MoE models.
 """
 
 import functools
@@ -137,90 +135,6 @@ def offload_without_pinning(init: Callable[..., None]) -> Callable[..., None]:
         init(self, pin_memory)
 
     return init_unpinned
-
-
-def shard_attention_over_heads(strategies: dict) -> dict:
-    """DTensor's rules, with one for the CPU attention kernel."""
-    return _with_attention()[0]
-
-
-def attention_schemas(schemas: dict) -> dict:
-    """The table beside them."""
-    return _with_attention()[1]
-
-
-def _with_attention() -> list[dict]:
-    """Copies of DTensor's tables with what `register_sharding` puts there; the tables stay as they were."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-    from torch.distributed.tensor.experimental import register_sharding
-
-    def like_the_query(outputs: int, tensors: int) -> Callable[..., Any]:
-        def shardings(*args: Any, **kwargs: Any) -> list[tuple[list, list]]:
-            rest = [None] * (len(args) - tensors)
-            return [([p] * outputs, [p] * tensors + rest) for p in (Replicate(), Shard(0), Shard(1))]
-
-        return shardings
-
-    propagator = DTensor._op_dispatcher.sharding_propagator
-    tables: list[dict] = [propagator.op_strategy_funcs, propagator.op_to_schema_info]
-    before = [dict(table) for table in tables]
-    forward_op, backward_op = _attention_ops()
-    register_sharding(forward_op)(like_the_query(2, 3))
-    register_sharding(backward_op)(like_the_query(3, 6))
-    after = [dict(table) for table in tables]
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
-    return after
-
-
-def _attention_ops() -> tuple[Any, Any]:
-    """The CPU attention kernel and its backward."""
-    aten = torch.ops.aten
-    return (
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-    )
-
-
-def ring_attention(custom_ops: dict) -> dict:
-    """Handlers of context parallelism: the ring itself fits the CPU kernel."""
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.experimental._context_parallel import _attention as cp
-
-    def as_dtensors(results: tuple[torch.Tensor, ...], like: DTensor) -> tuple[DTensor, ...]:
-        return tuple(DTensor.from_local(r, like.device_mesh, like.placements, run_check=False) for r in results)
-
-    def forward(op: Any, args: tuple, kwargs: dict) -> tuple[DTensor, ...]:
-        (query, key, value, *rest), options = args, dict(kwargs)
-        options.update(zip(("dropout_p", "is_causal"), rest, strict=False))
-        results = cp._templated_ring_attention(
-            query.device_mesh.get_group(), 2, op, *(t.to_local() for t in (query, key, value)), **options
-        )
-        return as_dtensors(results, query)
-
-    def backward(op: Any, args: tuple, kwargs: dict) -> tuple[DTensor, ...]:
-        grad_out, query, key, value, out, logsumexp, dropout_p, is_causal = args
-        local = {
-            name: tensor.to_local()
-            for name, tensor in dict(
-                grad_out=grad_out, query=query, key=key, value=value, out=out, logsumexp=logsumexp
-            ).items()
-        }
-        results = cp._templated_ring_attention_backward(
-            query.device_mesh.get_group(),
-            2,
-            op,
-            grad_out_name="grad_out",
-            dropout_p=dropout_p,
-            is_causal=is_causal,
-            **local,
-            **kwargs,
-        )
-        return as_dtensors(results, query)
-
-    forward_op, backward_op = _attention_ops()
-    return {**custom_ops, forward_op: forward, backward_op: backward}
 
 
 def histc_of_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
