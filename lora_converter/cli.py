@@ -1,4 +1,4 @@
-"""`lora-converter merge | export | inspect`: the tools that need no training job."""
+"""`lora-converter merge | export | inspect | chat-data`: the tools that need no training job."""
 
 import argparse
 import logging
@@ -51,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--base", help="Hugging Face directory of the base: shows the size of each update beside it")
     _add_import(inspect)
     inspect.set_defaults(run=_inspect)
+
+    chat = commands.add_parser("chat-data", help="tokenises a job's conversations and shows what is trained")
+    chat.add_argument("config", help="TOML file of the job")
+    chat.add_argument("options", nargs=argparse.REMAINDER, help="torchtitan's options, which win over the file")
+    chat.set_defaults(run=_chat_data)
     return parser
 
 
@@ -81,6 +86,12 @@ def _inspect(options: argparse.Namespace) -> str:
     if any(Path(options.path).glob("*.safetensors")):
         return describe_model(options.path, base=options.base)
     return describe_adapter(_read_step(options.path, options.custom_import), base=options.base)
+
+
+def _chat_data(options: argparse.Namespace) -> str:
+    from lora_converter.titan.chat_show import show_chat_data
+
+    return show_chat_data(["--job.config_file", options.config, *options.options])
 
 
 def _read_step(path: str, custom_import: str, *, base: str = "") -> PeftAdapter:

@@ -14,9 +14,11 @@ import torch.nn as nn
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.tools.logging import logger
 
-from lora_converter.run.description import MODEL, TRAIN_STATE
+from lora_converter.run.description import DATALOADER, MODEL, TRAIN_STATE
 from lora_converter.run.run import Run
 from lora_converter.run.steps import discard, stale_steps
+from lora_converter.titan.chat import ChatLoader
+from lora_converter.titan.end_tokens import warn_of_untrained_tokens
 from lora_converter.titan.host import TitanHost
 from lora_converter.titan.model import is_converted, lora_model
 
@@ -42,8 +44,12 @@ class LoRACheckpointManager(CheckpointManager):
             )
 
     def load(self, step: int = -1) -> bool:
-        """See `Run.load`."""
-        return self.run.load(step) if self.enable else False
+        """See `Run.load`; then a look at the tokens that conversations end with."""
+        loaded = self.run.load(step) if self.enable else False
+        loader = self.states.get(DATALOADER)
+        if loaded and isinstance(loader, ChatLoader):
+            warn_of_untrained_tokens(self.run.host.model_parts, loader.special_tokens)
+        return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
         """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite.

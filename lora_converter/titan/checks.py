@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.ranks import agreed_options
 from lora_converter.run.description import PARTS
-from lora_converter.titan.job import base_of, full_phase_result
+from lora_converter.titan.job import CHAT, base_of, full_phase_result
 
 MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "
@@ -111,6 +111,14 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             "lora.full_phase with checkpoint.initial_load_in_hf = true under FSDP2 x TP: torchtitan 0.2.2 loads the "
             "base of that phase, and may give it other rows of q and k there. Convert the base to DCP first: a job "
             'without "lora" and TP, of one step with optimizer.lr = 0, saves it.'
+        )
+    data = job_config.lora.full_phase.dataset or job_config.training.dataset
+    under_ddp = parallelism.data_parallel_replicate_degree > 1 and parallelism.data_parallel_shard_degree == 1
+    if two_phases and data.lower() == CHAT and (under_ddp or parallelism.pipeline_parallel_degree > 1):
+        layout = "DDP" if under_ddp else "pipeline parallelism"
+        yield (
+            f"lora.full_phase on conversations under {layout}: torchtitan 0.2.2 clips other gradients there than on "
+            "one rank. Set another layout, or lora.full_phase.dataset to text."
         )
     if base_of(job_config) and not config.initial_load_model_only:
         yield (

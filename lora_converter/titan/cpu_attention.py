@@ -100,10 +100,10 @@ def let_flex_attention_differentiate(validate_device: Callable[..., None]) -> Ca
 
 
 def uncompiled_flex_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that was compiled."""
+    """The function that was compiled, traced anew for each shape: symbolic ones fail in DTensor's (torch 2.13)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)(flex_attention)
 
 
 def uncompiled_block_mask(compiled: Callable[..., Any]) -> Callable[..., Any]:

@@ -84,6 +84,12 @@ CHANGES = (
         "torchtitan compares job configs itself",
     ),
     Change(
+        "torchtitan.protocols.train_spec:get_train_spec",
+        "chat:offer_chat",
+        'datasets are text without a mask; a spec that takes training.dataset = "chat" is one that this returns',
+        "a dataset can bring its loader, masks and validator",
+    ),
+    Change(
         "torchtitan.config:ConfigManager.parse_args",
         "phases:read_the_command_line_late",
         "binds the command line when it is imported, and phase 2 of a job has options of its own",
@@ -143,6 +149,12 @@ CHANGES = (
         "MoE routing counts expert indices with torch.histc, which has no integer CPU kernel",
         "torch has the kernel",
         only_on_cpu=True,
+    ),
+    Change(
+        "torchtitan.models.attention:FlexAttentionWrapper.forward",
+        "documents:on_local_heads",
+        "qwen3 hands it DTensors under tensor parallelism, which cannot index a mask's own tensors",
+        "FlexAttention takes DTensors with any mask",
     ),
     Change(
         "torch.nn.attention.flex_attention:_validate_device",

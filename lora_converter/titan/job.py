@@ -7,6 +7,9 @@ from torchtitan.config import TORCH_DTYPE_MAP
 
 from lora_converter.run.job import Base, Job
 
+CHAT = "chat"
+"""The dataset that is conversations (see `chat.py`)."""
+
 FULL_PHASE_FOLDER = "_full_phase"
 """Added to the names of the folders of phase 1."""
 
@@ -33,6 +36,8 @@ def job_of(job_config: Any) -> Job:
 
 def _data_of(job_config: Any) -> dict[str, Any]:
     training = job_config.training
+    if training.dataset.lower() == CHAT:
+        return {"training.dataset": CHAT}  # the rest is in the fingerprint of its rows
     path = training.dataset_path
     return {
         "training.dataset": training.dataset,

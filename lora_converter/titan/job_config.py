@@ -6,6 +6,7 @@ with a config module of its own derives from this one. No postponed annotations 
 
 from dataclasses import dataclass, field
 
+from lora_converter.chat.settings import ChatConfig
 from lora_converter.run.job import RunConfig
 
 
@@ -51,3 +52,6 @@ class JobConfig:
 
     lora: LoRA = field(default_factory=LoRA)
     """Low-rank adapters; used when model.converters has "lora"."""
+
+    chat: ChatConfig = field(default_factory=ChatConfig)
+    """Conversations; used when training.dataset or validation.dataset is "chat"."""

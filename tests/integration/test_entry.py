@@ -103,7 +103,7 @@ def test_a_torchtitan_that_chose_a_missing_device_is_refused() -> None:
     assert "has chosen 'cuda', which this machine does not have. Call prepare() first" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["debug_base", "debug_lora", "llama3_8b_lora", "llama3_70b_lora", "qwen3_8b_lora"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("*.toml")))
 def test_every_config_parses_names_a_flavor_that_exists_and_shows_its_command(name: str) -> None:
     import importlib
 
@@ -115,6 +115,10 @@ def test_every_config_parses_names_a_flavor_that_exists_and_shows_its_command(na
     assert config.model.flavor in spec.model_args
     head = path.read_text().split("\n[")[0]
     assert "torchrun " in head and f"configs/{name}.toml" in head
+    if "_chat_" in name:
+        assert config.training.dataset == "chat" and config.chat.epochs > 0 and config.checkpoint.last_save_in_hf
+        assert 0 < config.chat.validation_split < 1 and config.validation.enable
+        assert f"lora-converter chat-data configs/{name}.toml" in head
 
 
 def test_memory_figures_on_cpu_are_resident_memory_and_its_peak_can_be_reset() -> None:

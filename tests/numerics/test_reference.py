@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from harness import Run, adapter_state, build, finish
 from hf_models import tiny_llama
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
 
 STEPS = 20
 HF_NAMES = {
@@ -21,10 +22,10 @@ HF_NAMES = {
 }
 
 
-def peft_twin(run: Run) -> torch.nn.Module:
+def peft_twin(run: Run, model: PreTrainedModel | None = None) -> torch.nn.Module:
     """transformers' model with PEFT's adapters, A as in the run. B starts at zero, so row orders do not matter."""
     config = LoraConfig(r=4, lora_alpha=32, target_modules=[name.split(".")[1] for name in HF_NAMES.values()])
-    model = get_peft_model(tiny_llama(), config)
+    model = get_peft_model(model or tiny_llama(), config)
     twin = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in adapter_state(run).items():

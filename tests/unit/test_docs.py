@@ -20,7 +20,11 @@ def blocks(language: str) -> dict[str, list[str]]:
     return {page: texts for page, texts in found.items() if texts}
 
 
-@pytest.mark.parametrize("page", blocks("python"))
+NEEDS_A_MODEL = {"docs/chat.md": "tests/integration/test_chat_page.py"}
+"""Pages whose Python takes the result of a job, and the test that runs it on one."""
+
+
+@pytest.mark.parametrize("page", blocks("python").keys() - NEEDS_A_MODEL)
 def test_the_snippets_of_a_page_run_one_after_the_other_and_print_what_their_comments_say(page: str) -> None:
     namespace: dict[str, object] = {}
     for block in blocks("python")[page]:
@@ -29,6 +33,11 @@ def test_the_snippets_of_a_page_run_one_after_the_other_and_print_what_their_com
             exec(block, namespace)
         promised = [a or b for a, b in re.findall(r"^print\(.*\n# (.*)|^print\(.*?\)  +# (.*)", block, re.M)]
         assert printed.getvalue().splitlines() == promised
+
+
+def test_snippets_on_a_model_are_run_by_a_test_of_their_own() -> None:
+    for page, test in NEEDS_A_MODEL.items():
+        assert blocks("python")[page] and page in source(test)
 
 
 def test_python_is_shown_in_the_readme_and_on_the_librarys_page() -> None:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
     {"config", "files", "fit", "names", "ops", "ranks", "swap", "targets", "tensors"},
-    {"adapted", "shared"},
+    {"adapted", "chat", "shared"},
     {"tensor_parallel"},
     {"linear"},
     {"adapters", "fingerprint", "state_dict", "switching"},

@@ -1,0 +1,28 @@
+"""`chat_layouts.py`, one launch per number of ranks."""
+
+from pathlib import Path
+from typing import Any
+
+import chat_layouts
+import pytest
+from launch import launch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def verdicts(bases: Path) -> dict[str, Any]:
+    for model, options in chat_layouts.NEEDS:
+        chat_layouts.reference(bases, model, *options)
+    found: dict[str, Any] = {}
+    for ranks in sorted({ranks for ranks, _ in chat_layouts.CASES.values()}):
+        folder = bases / f"chat-{ranks}"
+        folder.mkdir()
+        checks = [name for name, (needed, _) in chat_layouts.CASES.items() if needed == ranks]
+        found.update(launch("chat_layouts.py", ranks=ranks, folder=folder, checks=checks))
+    return found
+
+
+@pytest.mark.parametrize("claim", list(chat_layouts.CASES))
+def test_conversations_are_the_same_on(verdicts: dict[str, Any], claim: str) -> None:
+    assert not verdicts[claim]["error"], verdicts[claim]["error"]

@@ -1,0 +1,253 @@
+"""`training.dataset = "chat"` through torchtitan's trainer on one rank: what it changes, and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from chat_job import chat_options
+from harness import BASE_CONFIG, Run, build, finish, llama3_args, parse, train
+from safetensors.torch import load_file, save_file
+from torchtitan.models import llama3
+from torchtitan.protocols import train_spec
+
+from lora_converter.cli import main
+from lora_converter.titan.checks import check_settings
+
+OURS = "--job.custom_config_module=lora_converter.titan"
+SMALL = ("--training.steps=2", "--training.local_batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "data"
+    chat_options(folder)
+    return folder
+
+
+def on(base: Path, chat: Path, *options: str) -> list[str]:
+    return [f"--checkpoint.initial_load_path={base}", *chat_options(chat), *SMALL, *options]
+
+
+def refused(folder: Path, *options: str) -> str:
+    with pytest.raises(ValueError) as error:
+        build(folder, *options)
+    return str(error.value)
+
+
+def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
+    chat: Path, dcp_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = build(tmp_path, *on(dcp_base, chat))
+    metrics: list[dict] = []
+    log = run.trainer.metrics_processor.log
+
+    def keep(*args: object, extra_metrics: dict, **kwargs: object) -> None:
+        log(*args, extra_metrics=extra_metrics, **kwargs)
+
+    run.trainer.metrics_processor.logger.log = lambda values, step: metrics.append(values)
+    run.trainer.metrics_processor.log = keep
+    finish(run)
+    line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Chat: 120 conversations"))
+    assert re.search(r"tokens, of which [\d,]+ \(\d+%\) are trained; \d+ rows of 256, \d\d\.\d% filled; an epoch", line)
+    trained = [int((labels != -100).sum()) for _, labels in run.batches]
+    assert [values["chat/trained_tokens"] for values in metrics] == trained and min(trained) > 0
+    rows = run.trainer.dataloader.order.rows.per_epoch
+    assert [values["chat/epoch"] for values in metrics] == [2 / rows, 4 / rows]
+
+
+def test_rows_of_one_conversation_are_padded_and_take_no_mask(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    run = train(tmp_path, *on(dcp_base, chat, "--chat.packing=none"))
+    assert run.trainer.model_args.attn_type == "sdpa"
+    rows = run.trainer.dataloader.order.rows
+    assert rows.per_epoch == 120 and all(len(rows.examples(k)) == 1 for k in range(120))
+
+
+def test_epochs_set_the_steps(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    run = build(tmp_path, *on(dcp_base, chat, "--chat.epochs=0.25"))
+    rows = run.trainer.dataloader.order.rows.per_epoch
+    assert run.trainer.job_config.training.steps == -(-rows // 8) != 2
+    finish(run)
+    assert len(run.losses) == -(-rows // 8)
+    run.trainer.close()
+
+
+def test_all_weights_train_on_conversations_without_adapters(chat: Path, tmp_path: Path) -> None:
+    options = [*chat_options(chat), *SMALL, "--checkpoint.initial_load_path=", OURS]
+    run = train(tmp_path, *options, config=BASE_CONFIG)
+    assert len(run.losses) == 2 and all(p.grad is not None for p in run.trainer.model_parts[0].parameters())
+
+
+def test_a_spec_of_the_users_own_takes_conversations(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    class Mine(llama3.Transformer):
+        pass
+
+    spec = llama3.get_train_spec()
+    spec.model_cls = Mine
+    train_spec.register_train_spec("mine", spec)
+    try:
+        run = train(tmp_path, *on(dcp_base, chat, "--model.name=mine", "--checkpoint.load_only"))
+    finally:
+        del train_spec._extra_train_specs["mine"]
+    assert isinstance(run.trainer.model_parts[0], Mine) and len(run.losses) == 2
+
+
+def test_the_flavor_stays_as_it_was_for_the_next_job(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    before = dict(vars(llama3_args["tiny"]))
+    train(tmp_path / "chat", *on(dcp_base, chat))
+    assert llama3_args["tiny"].attn_type == before["attn_type"] == "sdpa"
+    text = train(tmp_path / "text", f"--checkpoint.initial_load_path={dcp_base}", "--training.steps=1")
+    assert type(text.trainer.dataloader).__name__ == "ParallelAwareDataloader"
+
+
+def test_deterministic_runs_keep_attention_that_trains_on_cpu(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    try:
+        run = train(tmp_path, *on(dcp_base, chat, "--debug.deterministic"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(run.losses) == 2
+
+
+def resumed(folder: Path, *options: str) -> Run:
+    run = build(folder, *options)
+    finish(run)
+    return run
+
+
+def test_a_run_goes_on_at_the_right_row_over_the_end_of_an_epoch(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+    options = on(dcp_base, chat, "--training.local_batch_size=5", "--lr_scheduler.total_steps=20")
+    more = ["--checkpoint.interval=2", "--checkpoint.no-last_save_model_only"]
+    rows = build(tmp_path / "look", *options).trainer.dataloader.order.rows.per_epoch
+    steps = rows // 5 + 2
+    whole = train(tmp_path / "whole", *options, f"--training.steps={steps}")
+    train(tmp_path / "parts", *options, *more, f"--training.steps={rows // 5}")
+    second = resumed(tmp_path / "parts", *options, *more, f"--training.steps={steps}")
+    assert second.losses == whole.losses[rows // 5 :] and rows % 5
+    seen = [row for inputs, _ in whole.batches for row in inputs.tolist()][:rows]
+    assert len({tuple(row) for row in seen}) == rows  # each row once in the epoch
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("--chat.packing=none", "packing (documents, now none)"),
+        ("--debug.seed=12", "seed (11, now 12)"),
+        ("--training.seq_len=192", "seq_len (256, now 192)"),
+        ("--chat.train_on=last", "the tokenizer or chat template (digest"),
+        ("data", "the data files (digest"),
+    ],
+)
+def test_another_fingerprint_at_resume_is_an_error_that_says_which(
+    change: str, told: str, chat: Path, dcp_base: Path, tmp_path: Path
+) -> None:
+    options = [*on(dcp_base, chat), "--checkpoint.interval=1", "--checkpoint.no-last_save_model_only"]
+    train(tmp_path / "run", *options)
+    if change == "data":
+        other = shutil.copytree(chat, tmp_path / "other")
+        (other / "train.jsonl").write_text("".join((chat / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+        change = f"--training.dataset_path={other}/train.jsonl"
+    run = build(tmp_path / "run", *options, change, "--training.steps=3")
+    with pytest.raises(ValueError, match=re.escape(told)) as error:
+        run.trainer.checkpointer.load()
+    run.trainer.close()
+    assert "was trained on other rows" in str(error.value)
+    anew = resumed(
+        tmp_path / "run", *options, change, "--training.steps=3", "--checkpoint.exclude_from_loading=dataloader"
+    )
+    assert len(anew.losses) == 1 and anew.trainer.dataloader.order.consumed == 2
+
+
+WRONG = {
+    "no path": (["--training.dataset_path="], "set training.dataset_path to files of conversations"),
+    "two validations": (
+        [
+            "--validation.enable",
+            "--validation.dataset=chat",
+            "--validation.dataset_path=x",
+            "--chat.validation_split=0.1",
+        ],
+        "chat.validation_split and validation.dataset_path are both set",
+    ),
+    "no validation": (
+        ["--validation.enable", "--validation.dataset=chat", "--validation.dataset_path="],
+        "set validation.dataset_path, or chat.validation_split",
+    ),
+    "validation alone": (
+        ["--training.dataset=c4_test", "--validation.enable", "--validation.dataset=chat"],
+        'is for jobs with training.dataset = "chat"',
+    ),
+    "context parallelism of another model": (
+        ["--model.name=qwen3", "--model.flavor=debugmodel", "--parallelism.context_parallel_degree=2"],
+        "has no FlexAttention for qwen3 under context parallelism",
+    ),
+    "blocks": (
+        ["--parallelism.context_parallel_degree=2", "--training.seq_len=384"],
+        "takes a multiple of 256. Set one, or chat.packing",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_work_is_refused(case: str, chat: Path, tmp_path: Path) -> None:
+    options, told = WRONG[case]
+    from lora_converter.chat.crew import Crew
+    from lora_converter.titan.chat import ChatJob
+
+    config = parse(tmp_path, "--checkpoint.initial_load_path=", *chat_options(chat), *options)
+    spec = train_spec.get_train_spec(config.model.name)
+    with pytest.raises(ValueError, match=re.escape(told)):
+        if config.training.dataset == "c4_test":
+            spec.build_dataloader_fn(job_config=config, dp_world_size=1, dp_rank=0, tokenizer=None)
+        ChatJob(config, spec, Crew()).change(spec, validates=True)
+
+
+def test_phase_1_on_conversations_is_refused_where_the_host_clips_wrongly(chat: Path, tmp_path: Path) -> None:
+    phases = ["--lora.full_phase.steps=2", "--checkpoint.initial_load_path=", *chat_options(chat)]
+    for layout in (
+        ["pipeline_parallel_degree=2"],
+        ["data_parallel_replicate_degree=2", "data_parallel_shard_degree=1"],
+    ):
+        config = parse(tmp_path, *phases, *(f"--parallelism.{option}" for option in layout))
+        with pytest.raises(ValueError, match="clips other gradients there than on one rank"):
+            check_settings(config)
+    check_settings(parse(tmp_path, *phases))
+
+
+@pytest.mark.parametrize("broken", ["", "zero", "copies"])
+def test_an_end_token_that_the_base_never_learned_is_warned_of(
+    broken: str, chat: Path, hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = shutil.copytree(hf_base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    tokens = json.loads((chat / "tokenizer" / "tokenizer.json").read_text())["added_tokens"]
+    end = next(token["id"] for token in tokens if token["content"] == "<eos>")
+    if broken == "zero":
+        weights["lm_head.weight"][end] = 0
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = build(tmp_path / "run", *on(base, chat, "--checkpoint.initial_load_in_hf"))
+    run.trainer.checkpointer.load()
+    run.trainer.close()
+    told = "the base's output has untrained rows for '<eos>'" in caplog.text
+    assert told is (broken == "zero")
+
+
+def test_the_command_makes_the_cache_and_marks_what_is_trained(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.toml").write_text(
+        '[job]\ncustom_config_module = "lora_converter.titan"\n[model]\nname = "llama3"\nflavor = "debugmodel"\n'
+    )
+    cache = [f"--chat.cache_path={tmp_path}/cache"]
+    assert main(["chat-data", f"{tmp_path}/job.toml", *chat_options(chat), *cache]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Chat: 120 conversations") and "train.jsonl:1, what is trained is marked:" in printed
+    first = json.loads((chat / "train.jsonl").read_text().splitlines()[0])["messages"]
+    for message in first:
+        marked = f"«{message['content']}<eos>»"
+        assert (f"assistant: {marked}" in printed) is (message["role"] == "assistant"), printed
+    assert any((tmp_path / "cache").iterdir())
+    assert main(["chat-data", f"{tmp_path}/job.toml"]) == 1
+    assert 'set it to "chat"' in capsys.readouterr().err
