@@ -29,7 +29,8 @@ def show_chat_data(arguments: list[str]) -> str:
     if training.dataset.lower() != CHAT:
         raise ValueError(f'training.dataset = {training.dataset!r}: set it to "chat".')
     data = ChatData(job_config, get_train_spec(job_config.model.name).model_args[job_config.model.flavor])
-    global_batch = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size
+    one_rank = training.global_batch_size <= 0
+    global_batch = training.local_batch_size if one_rank else training.global_batch_size
     ids, trained = data.rows.dataset.example(0)
     begin, end = _MARKS[sys.stdout.isatty()]
     pieces, at = [], 0
@@ -39,4 +40,5 @@ def show_chat_data(arguments: list[str]) -> str:
         pieces.append(f"{begin}{text}{end}" if trained[at] else text)
         at = stop
     where = data.rows.dataset.where(0)
-    return f"{data.describe(global_batch)}\n\n{where}, what is trained is marked:\n\n{''.join(pieces)}"
+    counted = " (on one data-parallel rank: training.global_batch_size is not set)" if one_rank else ""
+    return f"{data.describe(global_batch)}{counted}\n\n{where}, what is trained is marked:\n\n{''.join(pieces)}"

@@ -86,6 +86,7 @@ def full_phase_config(job_config: Any) -> Any:
     config.training.dataset = phase.dataset or config.training.dataset
     config.training.dataset_path = phase.dataset_path or config.training.dataset_path
     config.optimizer.lr = phase.lr or config.optimizer.lr
+    config.chat.epochs = 0.0  # which would set the steps
     config.lr_scheduler.total_steps = None
     config.metrics.save_tb_folder += FULL_PHASE_FOLDER
     checkpoint = config.checkpoint

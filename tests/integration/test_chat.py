@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from torchtitan.models import llama3
 from torchtitan.protocols import train_spec
 
+from lora_converter.chat.crew import Crew
 from lora_converter.cli import main
+from lora_converter.titan.chat import ChatJob
 from lora_converter.titan.checks import check_settings
+from lora_converter.titan.phases import full_phase_config
 
 OURS = "--job.custom_config_module=lora_converter.titan"
 SMALL = ("--training.steps=2", "--training.local_batch_size=2")
@@ -136,7 +139,7 @@ def test_a_run_goes_on_at_the_right_row_over_the_end_of_an_epoch(chat: Path, dcp
         ("--chat.packing=none", "packing (documents, now none)"),
         ("--debug.seed=12", "seed (11, now 12)"),
         ("--training.seq_len=192", "seq_len (256, now 192)"),
-        ("--chat.train_on=last", "the tokenizer or chat template (digest"),
+        ("--chat.train_on=last", "the tokenizer, chat.template, template_args or train_on (digest"),
         ("data", "the data files (digest"),
     ],
 )
@@ -193,9 +196,6 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_work_is_refused(case: str, chat: Path, tmp_path: Path) -> None:
     options, told = WRONG[case]
-    from lora_converter.chat.crew import Crew
-    from lora_converter.titan.chat import ChatJob
-
     config = parse(tmp_path, "--checkpoint.initial_load_path=", *chat_options(chat), *options)
     spec = train_spec.get_train_spec(config.model.name)
     with pytest.raises(ValueError, match=re.escape(told)):
@@ -214,6 +214,14 @@ def test_phase_1_on_conversations_is_refused_where_the_host_clips_wrongly(chat: 
         with pytest.raises(ValueError, match="clips other gradients there than on one rank"):
             check_settings(config)
     check_settings(parse(tmp_path, *phases))
+
+
+def test_the_steps_of_phase_1_are_its_own_whatever_epochs_says(chat: Path, tmp_path: Path) -> None:
+    config = parse(tmp_path, "--lora.full_phase.steps=2", *chat_options(chat), "--chat.epochs=3")
+    phase = full_phase_config(config)
+    spec = train_spec.get_train_spec(phase.model.name)
+    ChatJob(phase, spec, Crew())
+    assert phase.training.steps == 2 and config.chat.epochs == 3
 
 
 @pytest.mark.parametrize("broken", ["", "zero", "copies"])
@@ -243,6 +251,7 @@ def test_the_command_makes_the_cache_and_marks_what_is_trained(
     cache = [f"--chat.cache_path={tmp_path}/cache"]
     assert main(["chat-data", f"{tmp_path}/job.toml", *chat_options(chat), *cache]) == 0
     printed = capsys.readouterr().out
+    assert "(on one data-parallel rank: training.global_batch_size is not set)" in printed
     assert printed.startswith("Chat: 120 conversations") and "train.jsonl:1, what is trained is marked:" in printed
     first = json.loads((chat / "train.jsonl").read_text().splitlines()[0])["messages"]
     for message in first:
