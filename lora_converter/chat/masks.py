@@ -148,10 +148,9 @@ class ChatTokenizer:
         files, template = self._files, self._chat
         ids = files.tokenizer.get_vocab_size(with_added_tokens=True)
         limit = self._vocab_size if self._vocab_size is not None and self._vocab_size < ids else None
-        parts = [_RULES, files.tokenizer.to_str(), files.first, files.end, limit]
-        if template is not None:
-            date = self._date.isoformat() if template.writes_date else None
-            parts += [template.source, template.variables, self._train_on, date]
+        date = self._date.isoformat() if template and template.writes_date else None
+        chat = [template.source, template.variables, self._train_on, date] if template else [self._missing]
+        parts = [_RULES, files.tokenizer.to_str(), files.first, files.end, limit, *chat]
         text = json.dumps(parts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -113,7 +113,7 @@ def test_a_template_that_drops_a_call_is_replaced_by_one_that_writes_it(job: lis
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
     record = {"messages": [{"role": "user", "content": "a cat"}, call]}
     folder, mine = tmp_path / "chat" / "tokenizer", tmp_path / "mine.jinja"
-    with pytest.raises(ValueError, match=r"its call of look .* is not in what the template writes for it"):
+    with pytest.raises(ValueError, match=r"its tool call look .* is not in what the template writes for it"):
         ChatTokenizer(folder).encode(record)
     written = "{% for c in message.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
     mine.write_text(TEMPLATE.replace("<eos>", written + "<eos>"))
