@@ -19,6 +19,8 @@ from lora_converter.titan.chat import ChatJob
 from lora_converter.titan.checks import check_settings
 from lora_converter.titan.phases import full_phase_config
 
+pytestmark = pytest.mark.slow
+
 OURS = "--job.custom_config_module=lora_converter.titan"
 SMALL = ("--training.steps=2", "--training.local_batch_size=2")
 

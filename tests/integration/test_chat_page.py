@@ -10,6 +10,8 @@ from chat_job import TEMPLATE, chat_options
 from harness import ROOT, train
 from test_resume import on
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs/chat.md").read_text()
 (SNIPPET,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
