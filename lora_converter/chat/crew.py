@@ -70,6 +70,8 @@ def _do(task: Task, claims: "_Claims", until: Path | None) -> bool:
         task.result.parent.mkdir(parents=True, exist_ok=True)
         if not claims.take(task.result):
             return False
+        if task.result.exists():  # its maker was done between two looks
+            return True
         with appears_complete(own) as draft:
             task.make(draft)
         os.rename(own, task.result)
@@ -90,9 +92,10 @@ class _Claims:
 
     def take(self, result: Path) -> bool:
         claim = result.with_name(f"{result.name}.claim")
-        if self._alive(claim):
-            return False
-        claim.unlink(missing_ok=True)
+        if claim.exists():
+            if self._alive(claim):
+                return False
+            claim.unlink(missing_ok=True)
         try:
             with open(claim, "x") as file:
                 file.write(self._me)
