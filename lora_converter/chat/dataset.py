@@ -53,14 +53,13 @@ class Dataset:
     def __post_init__(self) -> None:
         self._tokens = np.memmap(self.folder / "tokens", "<u4", "r")
         self._starts = np.memmap(self.folder / "starts", "<i8", "r")
+        self._trained = _column(self.folder, "trained")
         lengths = _column(self.folder, "lengths")
         self.lengths = lengths if self.chosen is None else lengths[self.chosen]
 
-    @property
-    def trained(self) -> npt.NDArray[np.int32]:
-        """Labels of each example that are trained."""
-        trained = _column(self.folder, "trained")
-        return trained if self.chosen is None else trained[self.chosen]
+    def count_trained(self, examples: list[int]) -> int:
+        """Labels that are trained, of some examples together."""
+        return int(self._trained[examples if self.chosen is None else self.chosen[examples]].sum())
 
     def __len__(self) -> int:
         return len(self.lengths)

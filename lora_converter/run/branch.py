@@ -74,12 +74,11 @@ class Branch:
 
     def begin(self, start: int) -> None:
         """Writes down that the run went back to a step. On the first rank, once the step is loaded."""
-        if self._record == (record := _Record(start, self._record.aside if self._record else "")):
+        if self._record is not None and self._record.start == start:
             return
         newer = self._newer(start)
         aside = next(name for n in itertools.count(1) if not (self._folder / (name := f"{SET_ASIDE}{n}")).exists())
-        self._record = record = _Record(start, aside if newer else "")
-        write_whole(self.path, (json.dumps(asdict(record)) + "\n").encode())
+        self._write(_Record(start, aside if newer else ""))
         if newer:
             logger.info(
                 f"LoRA: going back to step {start} (checkpoint.load_step). {_names(newer)} will be moved to "
@@ -100,8 +99,7 @@ class Branch:
         newer = self._newer(record.start)
         for path in newer:
             os.rename(path, aside / path.name)
-        self._record = _Record(record.start)
-        write_whole(self.path, (json.dumps(asdict(self._record)) + "\n").encode())
+        self._write(_Record(record.start))
         logger.warning(
             f"LoRA: moved {_names(newer)} to {aside}: they are newer than step {record.start}, which this run went "
             "back to. They can be deleted, or moved back into another job's folder."
@@ -111,6 +109,10 @@ class Branch:
         names = os.listdir(self._folder) if self._folder.is_dir() else []
         found = [(int(match[1]), name) for name in names if (match := _RESULT.fullmatch(name))]
         return [self._folder / name for number, name in sorted(found) if number > start]
+
+    def _write(self, record: _Record) -> None:
+        self._record = record
+        write_whole(self.path, (json.dumps(asdict(record)) + "\n").encode())
 
     def _read(self) -> _Record | None:
         try:

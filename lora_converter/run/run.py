@@ -104,8 +104,7 @@ class Run:
         """Makes room for a step folder and writes its description. Never onto an older step."""
 
         def make_room() -> None:
-            self._claim.hold()
-            self._branch.settle()
+            self._make_sure_of_folder()
             discard(Path(path))
             self.model.description.write(path)
 
@@ -113,8 +112,7 @@ class Run:
 
     def export(self, step: int) -> None:
         """Writes a step as a PEFT directory; what is merged of it follows in `finish`."""
-        on_first_rank(self._claim.hold)
-        on_first_rank(self._branch.settle)
+        on_first_rank(self._make_sure_of_folder)
         self.write_peft(self.step_path(step))
         self._merge_at_the_end(step)
 
@@ -161,6 +159,11 @@ class Run:
     def step_path(self, step: int) -> str:
         """The folder of a step."""
         return os.path.join(self.job.folder, f"step-{step}")
+
+    def _make_sure_of_folder(self) -> None:
+        """That it is still this run's, and holds steps of its own branch alone. Before anything is written."""
+        self._claim.hold()
+        self._branch.settle()
 
     def _load(self, step: int) -> tuple[bool, int]:
         """Whether anything was loaded, and how many steps are done."""

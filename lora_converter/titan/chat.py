@@ -18,7 +18,6 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.chat import rows as chat_rows
 from lora_converter.chat.crew import Crew
-from lora_converter.chat.dataset import Dataset
 from lora_converter.chat.order import TrainingOrder, ValidationOrder
 from lora_converter.chat.rows import Rows, steps_for
 from lora_converter.titan.chat_data import ChatData
@@ -122,14 +121,13 @@ class ChatLoader(BaseDataLoader):
 
     Its state is the number of rows that all ranks have consumed, and what they are made of, so that any layout goes on.
 
-    Attributes:
-        special_tokens: Id -> text of those of the tokenizer's added tokens that the loss is over.
+    Args:
+        added: Id -> text of the tokenizer's added tokens.
     """
 
     def __init__(self, rows: Rows, local_batch: int, data_ranks: Crew, added: dict[int, str]):
         self.order = TrainingOrder(rows, local_batch=local_batch, crew=data_ranks)
-        self._logged = 0
-        self.special_tokens = _trained_among(added, rows.dataset)
+        self._logged, self._added = 0, added
 
     def __iter__(self) -> Iterator[Batch]:
         documents = self.order.rows.packing == "documents"
@@ -138,9 +136,17 @@ class ChatLoader(BaseDataLoader):
 
     def trained_tokens(self) -> int:
         """Of the rows of all ranks since the last call: those that the loss is over."""
-        rows, trained = self.order.rows, self.order.rows.dataset.trained
+        rows = self.order.rows
         first, self._logged = self._logged, self.order.consumed
-        return sum(int(trained[rows.examples(k)].sum()) for k in range(first, self.order.consumed))
+        return sum(rows.dataset.count_trained(rows.examples(k)) for k in range(first, self.order.consumed))
+
+    def trained_special_tokens(self) -> dict[int, str]:
+        """Those of the added tokens that the loss is over, in the first examples, which are like the others in that."""
+        dataset, seen = self.order.rows.dataset, set[int]()
+        for number in range(min(len(dataset), 1000)):
+            ids, trained = dataset.example(number)
+            seen.update(ids[trained].tolist())
+        return {index: text for index, text in self._added.items() if index in seen}
 
     def state_dict(self) -> dict[str, Any]:
         """The same on all ranks."""
@@ -153,15 +159,6 @@ class ChatLoader(BaseDataLoader):
             return
         self.order.load_state_dict({**state_dict, "fingerprint": json.loads(state_dict["fingerprint"])})
         self._logged = self.order.consumed
-
-
-def _trained_among(added: dict[int, str], dataset: Dataset) -> dict[int, str]:
-    """Looked for in the first examples, which are like the others in that."""
-    seen = set[int]()
-    for number in range(min(len(dataset), 1000)):
-        ids, trained = dataset.example(number)
-        seen.update(ids[trained].tolist())
-    return {index: text for index, text in added.items() if index in seen}
 
 
 def as_tensors(batch: chat_rows.Batch, *, documents: bool) -> Batch:

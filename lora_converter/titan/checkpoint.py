@@ -48,7 +48,7 @@ class LoRACheckpointManager(CheckpointManager):
         loaded = self.run.load(step) if self.enable else False
         loader = self.states.get(DATALOADER)
         if loaded and isinstance(loader, ChatLoader):
-            warn_of_untrained_tokens(self.run.host.model_parts, loader.special_tokens)
+            warn_of_untrained_tokens(self.run.host.model_parts, loader.trained_special_tokens())
         return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> None:
