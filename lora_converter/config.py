@@ -53,7 +53,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         _check_rank("lora.rank", self.rank)
         _check_alpha("lora.alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"lora.use_rslora = {self.use_rslora!r}: must be true or false.")
@@ -86,7 +86,8 @@ def scaling(rank: int, alpha: float, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -96,5 +97,5 @@ def _check_rank(option: str, value: Any) -> None:
 
 
 def _check_alpha(option: str, value: Any) -> None:
-    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+    if not is_number(value) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"{option} = {value!r}: must be a finite number above 0.")

@@ -6,6 +6,8 @@ No postponed annotations here: torchtitan merges this into its job config by the
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_converter.config import is_number
+
 _CHOICES = {
     "train_on": ("assistant", "last", "each", "all"),
     "packing": ("documents", "none"),
@@ -50,9 +52,9 @@ class ChatConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"chat.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
-        if not _is_number(self.epochs) or self.epochs < 0:
+        if not is_number(self.epochs) or self.epochs < 0:
             raise ValueError(f"chat.epochs = {self.epochs!r}: must be at least 0.")
-        if not _is_number(self.validation_split) or not 0 <= self.validation_split < 1:
+        if not is_number(self.validation_split) or not 0 <= self.validation_split < 1:
             raise ValueError(f"chat.validation_split = {self.validation_split!r}: must be at least 0 and below 1.")
         if not isinstance(self.template_args, dict):
             raise ValueError(f"chat.template_args = {self.template_args!r}: must be a table.")
@@ -62,7 +64,3 @@ class ChatConfig:
         """`template_args` as the template gets them."""
         words = {"true": True, "false": False}
         return {n: words.get(v.lower(), v) if isinstance(v, str) else v for n, v in self.template_args.items()}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
