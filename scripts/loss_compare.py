@@ -169,7 +169,8 @@ def launch(config: str, options: list[str], *, ranks: int, folder: Path, name: s
     with open(log, "w") as out:
         result = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env)
     if result.returncode:
-        sys.exit(f"{name} failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-30:])}")
+        # Each rank has its own last words, and the first that failed its ahead of the others'.
+        sys.exit(f"{name} failed, see {log}:\n{''.join(log.read_text().splitlines(True)[-400:])}")
 
 
 def report(run: Run, name: str, expected: Losses, tolerance: tuple[float, float]) -> bool:

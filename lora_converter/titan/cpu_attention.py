@@ -94,6 +94,24 @@ def ring_attention(custom_ops: dict) -> dict:
     return {**custom_ops, forward_op: forward, backward_op: backward}
 
 
+def rotate_and_wait(create_rotater: Callable[..., Any]) -> Callable[..., Any]:
+    """`_create_rotater`, whose rotaters have received what they exchange before anything else is done."""
+
+    @functools.wraps(create_rotater)
+    def create_patient(*args: Any, **kwargs: Any) -> Any:
+        rotater = create_rotater(*args, **kwargs)
+        exchange = rotater.exchange_buffers
+
+        def exchange_and_wait(buffer: torch.Tensor) -> None:
+            exchange(buffer)
+            rotater.next_buffer()
+
+        rotater.exchange_buffers = exchange_and_wait
+        return rotater
+
+    return create_patient
+
+
 def let_flex_attention_differentiate(validate_device: Callable[..., None]) -> Callable[..., None]:
     """No check: uncompiled FlexAttention is differentiable wherever its parts are."""
     return lambda query, key, value: None

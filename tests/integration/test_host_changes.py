@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import ROOT, build, install, parse
+from harness import ROOT, build, install, parse, start_process_group
 from torchtitan.components.checkpoint import CheckpointManager
 
 from lora_converter.titan import host_changes, installed
@@ -115,3 +115,17 @@ assert not any(a is b for a, b in zip(before, after)), "building a job config di
 def test_reading_installs_nothing_and_building_a_job_config_does() -> None:
     result = subprocess.run([sys.executable, "-c", READING], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("method", ["ALL_TO_ALL", "ALL_GATHER"])
+def test_the_ring_of_context_parallelism_computes_nothing_beside_an_exchange_over_gloo(method: str) -> None:
+    """Together they corrupt the heap; the crash itself takes thousands of rings (the row of `host_changes.py`)."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention as ring
+
+    install()
+    start_process_group()
+    rotater = ring._create_rotater(torch.distributed.group.WORLD, 2, ring._RotateMethod[method])
+    before = torch._C._distributed_c10d._get_work_registry_size()
+    rotater.exchange_buffers(torch.arange(3.0))
+    assert torch._C._distributed_c10d._get_work_registry_size() == before  # nothing is in flight
+    assert rotater.next_buffer().tolist() == [0.0, 1.0, 2.0]
