@@ -164,12 +164,12 @@ def _nothing_left(files: list[dict[str, int]], records: int, limit: Limit) -> st
     too_long, cut = (sum(file[name] for file in files) for name in ("too_long", "nothing_left"))
     shortest = min((file["shortest_dropped"] for file in files if file["shortest_dropped"]), default=0)
     why = [
-        f"{too_long:,} are too long for training.seq_len {limit.seq_len} (the shortest has {shortest:,} tokens)"
+        f"{too_long:,} are too long for {limit.setting} {limit.seq_len} (the shortest has {shortest:,} tokens)"
         if too_long
         else "",
         f"{cut:,} have no trained token in their first {limit.seq_len + 1:,}" if cut else "",
     ]
-    return f"No example is left of {records:,} conversations: {', '.join(filter(None, why))}. Raise training.seq_len."
+    return f"No example is left of {records:,} conversations: {', '.join(filter(None, why))}. Raise {limit.setting}."
 
 
 def _digest(value: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_converter.chat.parts import COLUMNS, IDS, TRAINED
+from lora_converter.figures import percent, short
 from lora_converter.files import read_json
 
 
@@ -28,15 +29,17 @@ class Counts:
     nothing_left_dropped: int
 
     def describe(self) -> str:
-        """For the log."""
-        dropped = [
-            f"{self.too_long_dropped:,} dropped as too long" if self.too_long_dropped else "",
-            f"{self.truncated:,} truncated" if self.truncated else "",
-            f"{self.nothing_left_dropped:,} dropped with no trained token left" if self.nothing_left_dropped else "",
-        ]
-        share = f"{self.trained_tokens / self.tokens:.0%}"
-        counted = [f"{self.conversations:,} conversations", f"{self.examples:,} examples", *filter(None, dropped)]
-        return f"{', '.join(counted)}, {self.tokens:,} tokens, of which {self.trained_tokens:,} ({share}) are trained"
+        """For the log. Examples are named where a conversation gives several."""
+        kinds = {
+            "too long, dropped": self.too_long_dropped,
+            "truncated": self.truncated,
+            "truncated to nothing that is trained, dropped": self.nothing_left_dropped,
+        }
+        told = "; ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+        conversations = f"{self.conversations:,} conversations{told and f' ({told})'}"
+        examples = f"{self.examples:,} examples, " if self.examples != self.conversations else ""
+        trained = percent(self.trained_tokens / self.tokens, 0)
+        return f"{conversations}, {examples}{short(self.tokens)} tokens, {trained} trained"
 
 
 @dataclass
@@ -60,6 +63,10 @@ class Dataset:
     def count_trained(self, examples: list[int]) -> int:
         """Labels that are trained, of some examples together."""
         return int(self._trained[examples if self.chosen is None else self.chosen[examples]].sum())
+
+    def count_inputs(self, examples: list[int]) -> int:
+        """Positions that some examples take together."""
+        return int(self.lengths[examples].sum(dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -26,9 +26,7 @@ def fetched(items: list[str], folder: Path, crew: Crew) -> list[str]:
 def _parse(item: str) -> tuple[str, str]:
     name, _, split = item.removeprefix(HUB).partition(":")
     if not name:
-        raise ValueError(
-            f"training.dataset_path: {item!r} names no data set. Write {HUB}org/name or {HUB}org/name:split."
-        )
+        raise ValueError(f"{item!r} names no data set. Write {HUB}org/name or {HUB}org/name:split.")
     return name, split or "train"
 
 
@@ -44,7 +42,7 @@ def _fetch(item: str, draft: Path) -> None:
     try:
         rows = load_dataset(name, split=split)
     except Exception as e:
-        raise ValueError(f"training.dataset_path: {item} cannot be loaded by datasets: {type(e).__name__}: {e}") from e
+        raise ValueError(f"{item} cannot be loaded by datasets: {type(e).__name__}: {e}") from e
     with open(draft / f"{_name(item)}.jsonl", "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(without_nulls(row), default=str) + "\n")

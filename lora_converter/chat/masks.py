@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from lora_converter.chat.folder import open_tokenizer, template_source
 from lora_converter.chat.formats import BadRecord, Completion, Conversation, example_of
+from lora_converter.chat.settings import DATE
 from lora_converter.chat.template import ChatTemplate, Rendered, Span
 from lora_converter.chat.tokens import Encoding, SharedToken, Tokens
 from lora_converter.chat.turns import Unmaskable, check_nothing_lost, check_tools, prefix_span, tagged_spans
@@ -33,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 TrainOn = Literal["assistant", "last", "each", "all"]
 """Every assistant turn; the last one; each one in an example of its own, which ends with it; every token."""
-
-DATE = datetime.date(2025, 1, 1)
-"""What templates write as today's date unless told otherwise."""
 
 _RULES = 1
 """Counts changes of what this room makes of the same input."""
@@ -63,7 +61,7 @@ class ChatTokenizer:
         template: str | Path = "",
         template_args: Mapping[str, Any] | None = None,
         train_on: TrainOn = "assistant",
-        date: datetime.date = DATE,
+        date: datetime.date = datetime.date.fromisoformat(DATE),
         vocab_size: int | None = None,
     ) -> None:
         """

@@ -77,7 +77,7 @@ def check_same(saved: dict[str, Any], now: dict[str, Any]) -> None:
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if not names:
         return
-    kinds = {"data": "the data files", "template": "the tokenizer, chat.template, template_args or train_on"}
+    kinds = {"data": "the data files", "template": "the tokenizer, chat.template, template_args, date or train_on"}
     parts = [f"{kinds[name]} (digest {saved.get(name)}, now {now.get(name)})" for name in names if name in kinds]
     parts += [f"{name} ({saved.get(name)}, now {now.get(name)})" for name in names if name not in kinds]
     raise ValueError(

@@ -47,10 +47,12 @@ class Limit:
 
     seq_len: int
     too_long: TooLong = "drop"
+    setting: str = "training.seq_len"
+    """Where `seq_len` comes from, for messages."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
-            raise ValueError(f"training.seq_len is {self.seq_len}; it is at least 1.")
+            raise ValueError(f"{self.setting} is {self.seq_len}; it is at least 1.")
         if self.too_long not in ("drop", "error", "truncate"):
             raise ValueError(f"chat.too_long is {self.too_long!r}; it is drop, error or truncate.")
 
@@ -124,7 +126,7 @@ def _examples(
         if len(ids) <= room:
             yield ids, trained
         elif limit.too_long == "error":
-            raise ValueError(f"it has {len(ids):,} tokens; training.seq_len {limit.seq_len} has room for {room:,}")
+            raise ValueError(f"it has {len(ids):,} tokens; seq_len {limit.seq_len} has room for {room:,}")
         elif limit.too_long == "drop":
             report.too_long += 1
             report.shortest_dropped = min(report.shortest_dropped or len(ids), len(ids))

@@ -68,7 +68,7 @@ def sources(dataset_path: str) -> list[str]:
     """The items of a comma-separated list; a path whose name has a comma is one item."""
     items = [dataset_path] if os.path.exists(dataset_path) else dataset_path.split(",")
     if not (items := [item.strip() for item in items if item.strip()]):
-        raise ValueError(f"training.dataset_path is {dataset_path!r}. {_allowed()}")
+        raise ValueError(f"{dataset_path!r} names nothing. {_allowed()}")
     return items
 
 
@@ -183,13 +183,13 @@ def _expand(item: str) -> list[Path]:
             if name.endswith(_OF_FOLDER) and not name.startswith(".")
         )
         if not found:
-            raise ValueError(f"training.dataset_path: {item} is a folder with no {' or '.join(_OF_FOLDER)} file.")
+            raise ValueError(f"{item} is a folder with no {' or '.join(_OF_FOLDER)} file.")
         return found
     if path.exists():
         return [path]
     if glob.has_magic(item) and (matches := sorted(glob.glob(str(path), recursive=True))):
         return [file for match in matches for file in _expand(match)]
-    raise ValueError(f"training.dataset_path: {item} is no file or folder, and no glob that matches one. {_allowed()}")
+    raise ValueError(f"{item} is no file or folder, and no glob that matches one. {_allowed()}")
 
 
 def _drop_hidden(folders: list[str]) -> bool:
@@ -200,7 +200,7 @@ def _drop_hidden(folders: list[str]) -> bool:
 
 def _data_file(path: Path, label: str) -> DataFile:
     if path.suffix not in (*_LINES, _TABLE):
-        raise ValueError(f"training.dataset_path: {path} is of another kind. {_allowed()}")
+        raise ValueError(f"{path} is of another kind. {_allowed()}")
     check_regular(path)
     file = DataFile(path.resolve(), label, *_stat(path))
     if file.size == 0:

@@ -3,6 +3,7 @@
 No postponed annotations here: torchtitan merges this into its job config by the types of its fields.
 """
 
+import datetime
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ _CHOICES = {
     "too_long": ("drop", "error", "truncate"),
 }
 
+DATE = "2025-01-01"
+"""The same one whenever the data are made, so that they are the same data."""
+
 
 @dataclass
 class ChatConfig:
@@ -24,6 +28,9 @@ class ChatConfig:
 
     template_args: dict[str, str] = field(default_factory=dict)
     """Handed to the template: a table, for example enable_thinking = "false". "true" and "false" become booleans."""
+
+    date: str = DATE
+    """What templates write as today's date: YYYY-MM-DD."""
 
     train_on: str = "assistant"
     """
@@ -56,6 +63,8 @@ class ChatConfig:
             raise ValueError(f"chat.epochs = {self.epochs!r}: must be at least 0.")
         if not is_number(self.validation_split) or not 0 <= self.validation_split < 1:
             raise ValueError(f"chat.validation_split = {self.validation_split!r}: must be at least 0 and below 1.")
+        if not _is_date(self.date):
+            raise ValueError(f'chat.date = {self.date!r}: must be a day in quotes, as "{DATE}".')
         if not isinstance(self.template_args, dict):
             raise ValueError(f"chat.template_args = {self.template_args!r}: must be a table.")
 
@@ -64,3 +73,10 @@ class ChatConfig:
         """`template_args` as the template gets them."""
         words = {"true": True, "false": False}
         return {n: words.get(v.lower(), v) if isinstance(v, str) else v for n, v in self.template_args.items()}
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return datetime.date.fromisoformat(value).isoformat() == value
+    except (TypeError, ValueError):
+        return False

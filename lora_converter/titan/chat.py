@@ -109,8 +109,7 @@ class ChatJob:
         log = processor.log
 
         def log_with_chat(*values: Any, extra_metrics: dict[str, Any] | None = None, **options: Any) -> None:
-            ours = {"chat/epoch": self.loader.order.epoch, "chat/trained_tokens": self.loader.trained_tokens()}
-            log(*values, extra_metrics={**(extra_metrics or {}), **ours}, **options)
+            log(*values, extra_metrics={**(extra_metrics or {}), **self.loader.metrics()}, **options)
 
         processor.log = log_with_chat
         return processor
@@ -134,11 +133,19 @@ class ChatLoader(BaseDataLoader):
         for batch in self.order:
             yield as_tensors(batch, documents=documents)
 
-    def trained_tokens(self) -> int:
-        """Of the rows of all ranks since the last call: those that the loss is over."""
-        rows = self.order.rows
-        first, self._logged = self._logged, self.order.consumed
-        return sum(rows.dataset.count_trained(rows.examples(k)) for k in range(first, self.order.consumed))
+    def metrics(self) -> dict[str, float]:
+        """Of the rows of all ranks since the last call.
+
+        Returns:
+            `chat/epoch`: how often the data have been seen; `chat/trained_tokens`: what the loss was over; `chat/fill`:
+            the share of positions that are no padding, which torchtitan's tokens per second and MFU count as well.
+        """
+        order, dataset = self.order, self.order.rows.dataset
+        examples = [order.rows.examples(k) for k in range(self._logged, order.consumed)]
+        self._logged = order.consumed
+        trained, filled = (sum(map(count, examples)) for count in (dataset.count_trained, dataset.count_inputs))
+        positions = max(len(examples), 1) * order.rows.seq_len
+        return {"chat/epoch": order.epoch, "chat/trained_tokens": trained, "chat/fill": filled / positions}
 
     def trained_special_tokens(self) -> dict[int, str]:
         """Those of the added tokens that the loss is over, in the first examples, which are like the others in that."""

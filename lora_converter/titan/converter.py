@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
+from lora_converter.figures import percent, short
 from lora_converter.hf.bridge import check_exportable, check_mergeable
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
@@ -115,16 +116,9 @@ def describe(count: ParameterCount, config: LoRAConfig) -> str:
     """One log line with counts."""
     return (
         f"LoRA: {count.adapted} linears adapted (rank {config.rank}, alpha {config.alpha:g}), "
-        f"{_short(count.trainable)} of {_short(count.total)} parameters train "
-        f"({100 * count.trainable / count.total:.2f} %)"
+        f"{short(count.trainable)} of {short(count.total)} parameters train "
+        f"({percent(count.trainable / count.total, 2)})"
     )
-
-
-def _short(n: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g}{unit}"
-    return str(n)
 
 
 model_converter.register_model_converter(LoRAConverter, NAME)

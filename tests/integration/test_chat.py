@@ -57,11 +57,14 @@ def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
     run.trainer.metrics_processor.log = keep
     finish(run)
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Chat: 120 conversations"))
-    assert re.search(r"tokens, of which [\d,]+ \(\d+%\) are trained; \d+ rows of 256, \d\d\.\d% filled; an epoch", line)
+    promised = r"120 conversations, [\d.]+K tokens, \d\d % trained; \d+ rows of 256, \d\d\.\d % filled; an epoch is \d+ steps"
+    assert re.fullmatch(f"Chat: {promised}", line)
     trained = [int((labels != -100).sum()) for _, labels in run.batches]
     assert [values["chat/trained_tokens"] for values in metrics] == trained and min(trained) > 0
     rows = run.trainer.dataloader.order.rows.per_epoch
     assert [values["chat/epoch"] for values in metrics] == [2 / rows, 4 / rows]
+    filled = [int((inputs != 0).sum()) / inputs.numel() for inputs, _ in run.batches]  # the text has no token 0
+    assert [values["chat/fill"] for values in metrics] == filled and max(filled) < 1
 
 
 def test_rows_of_one_conversation_are_padded_and_take_no_mask(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
@@ -141,7 +144,7 @@ def test_a_run_goes_on_at_the_right_row_over_the_end_of_an_epoch(chat: Path, dcp
         ("--chat.packing=none", "packing (documents, now none)"),
         ("--debug.seed=12", "seed (11, now 12)"),
         ("--training.seq_len=192", "seq_len (256, now 192)"),
-        ("--chat.train_on=last", "the tokenizer, chat.template, template_args or train_on (digest"),
+        ("--chat.train_on=last", "the tokenizer, chat.template, template_args, date or train_on (digest"),
         ("data", "the data files (digest"),
     ],
 )

@@ -58,9 +58,7 @@ def test_a_data_set_has_every_example_in_the_order_of_the_files(data: Path, tmp_
     assert [dataset.where(i) for i in (0, 59, 60, 94)] == ["a.jsonl:1", "a.jsonl:60", "b.jsonl:1", "b.jsonl:35"]
     words = [said(i).split() for i in range(95)]
     tokens, trained = sum(map(len, words)), sum(word.endswith("!") for text in words for word in text)
-    assert dataset.counts.describe() == (
-        f"95 conversations, 95 examples, {tokens} tokens, of which {trained} ({trained / tokens:.0%}) are trained"
-    )
+    assert dataset.counts.describe() == f"95 conversations, {tokens} tokens, {100 * trained / tokens:.0f} % trained"
     for wrong in (-1, 95):
         with pytest.raises(IndexError, match=f"There are 95 examples, and no {wrong}"):
             dataset.example(wrong)
@@ -292,11 +290,13 @@ def test_what_is_too_long_is_dropped_cut_or_refused(tmp_path: Path) -> None:
         (0, 2, 2),
     ]
     assert [c.trained_tokens for c in counts] == [2, 2 + 3 + 1 + 1 + 1, 2 + 2 + 1]
-    assert "4 dropped as too long" in counts[0].describe()
+    dropped = "; 2 truncated to nothing that is trained, dropped"
+    assert counts[0].describe() == "1 conversations (4 too long, dropped), 5 tokens, 40 % trained"
+    assert counts[2].describe() == f"3 conversations (2 truncated{dropped}), 15 tokens, 33 % trained"
     with pytest.raises(ValueError) as error:
         built(data, tmp_path / "cache", seq_len=4, too_long="error")
     assert str(error.value).startswith(
-        "4 of 5 records cannot be used: train.jsonl:2: it has 6 tokens; training.seq_len 4 has room for 5; train."
+        "4 of 5 records cannot be used: train.jsonl:2: it has 6 tokens; seq_len 4 has room for 5; train."
     )
     with pytest.raises(ValueError, match=r"chat.too_long is 'cut'; it is drop, error or truncate"):
         kept("cut")
@@ -319,7 +319,9 @@ def test_when_nothing_is_left_the_counts_say_why(tmp_path: Path) -> None:
 def test_records_with_several_examples_count_as_one_conversation(tmp_path: Path) -> None:
     records = [{"messages": [said(i), said(i, 3), "untrained here"]} for i in range(20)]
     cache = built(write_lines(tmp_path / "train.jsonl", records), tmp_path / "cache")
-    assert (cache.dataset().counts.conversations, cache.dataset().counts.examples) == (20, 40)
+    counts = cache.dataset().counts
+    assert (counts.conversations, counts.examples) == (20, 40)
+    assert counts.describe().startswith("20 conversations, 40 examples, ")
     train, validation = cache.split(0.5)
     assert train.counts.conversations + validation.counts.conversations == 20
     assert train.counts.examples == 2 * train.counts.conversations

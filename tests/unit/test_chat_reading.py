@@ -84,7 +84,7 @@ def test_what_names_nothing_or_something_else_is_refused(folder: Path) -> None:
     (folder / "nothing").mkdir()
     allowed = r"Give \.jsonl, \.json \(one object per line\) or \.parquet files, a folder"
     for given, message in {
-        "": rf"dataset_path is ''\. {allowed}",
+        "": rf"^'' names nothing\. {allowed}",
         folder / "x.jsonl": rf"x\.jsonl is no file or folder, and no glob that matches one\. {allowed}",
         folder / "*.txt": rf"\*\.txt is no file or folder, and no glob that matches one\. {allowed}",
         folder / "README.md": rf"README\.md is of another kind\. {allowed}",

@@ -162,7 +162,7 @@ def test_a_state_of_other_rows_is_refused_with_what_differs(dataset: Dataset, tm
         (rows_of(side), rf"the data files {digest}; validation_split \(None, now 0\.5\); side \(None, now training\)"),
         (
             rows_of(other_template),
-            r"the tokenizer, chat\.template, template_args or train_on \(digest \w+, now other\)",
+            r"the tokenizer, chat\.template, template_args, date or train_on \(digest \w+, now other\)",
         ),
         (rows_of(dataset, seed=1), r"seed \(0, now 1\)"),
         (rows_of(dataset, packing="none", seq_len=31), r"row_len \(30, now 31\); packing \(documents, now none\)"),
