@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_job import chat_options
+from chat_job import TEMPLATE, chat_options
 from harness import BASE_CONFIG, Run, build, finish, llama3_args, parse, train
 from safetensors.torch import load_file, save_file
 from torchtitan.models import llama3
@@ -61,10 +61,10 @@ def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
     assert re.fullmatch(f"Chat: {promised}", line)
     trained = [int((labels != -100).sum()) for _, labels in run.batches]
     assert [values["chat/trained_tokens"] for values in metrics] == trained and min(trained) > 0
-    rows = run.trainer.dataloader.order.rows.per_epoch
-    assert [values["chat/epoch"] for values in metrics] == [2 / rows, 4 / rows]
-    filled = [int((inputs != 0).sum()) / inputs.numel() for inputs, _ in run.batches]  # the text has no token 0
-    assert [values["chat/fill"] for values in metrics] == filled and max(filled) < 1
+    rows = run.trainer.dataloader.order.rows
+    assert [values["chat/epoch"] for values in metrics] == [2 / rows.per_epoch, 4 / rows.per_epoch]
+    filled = [sum(int((rows.row(k).documents > 0).sum()) for k in step) / 512 for step in ((0, 1), (2, 3))]
+    assert [values["chat/fill"] for values in metrics] == filled and 0.5 < min(filled) < 1
 
 
 def test_rows_of_one_conversation_are_padded_and_take_no_mask(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
@@ -196,6 +196,44 @@ WRONG = {
         "takes a multiple of 256. Set one, or chat.packing",
     ),
 }
+
+
+def test_the_day_that_a_template_writes_is_a_setting_and_another_day_is_another_cache(
+    chat: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %b %Y') }}\n" + TEMPLATE)
+    jobs = []
+    for day in ([], ["--chat.date=2024-02-29"]):
+        options = [*chat_options(chat), f"--chat.template={tmp_path}/dated.jinja", *day]
+        config = parse(tmp_path, "--checkpoint.initial_load_path=", *options)
+        jobs.append(ChatJob(config, train_spec.get_train_spec(config.model.name), Crew()).data)
+    begins = [data.encoder.decode(data.rows.dataset.example(0)[0].tolist()).splitlines()[0] for data in jobs]
+    assert begins == ["01 Jan 2025", "29 Feb 2024"] and jobs[0].cache.folder != jobs[1].cache.folder
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl is no file or folder"),
+        ("bad.jsonl", "1 of 1 records cannot be used: bad.jsonl:1: "),
+        ("train.jsonl", "No example is left of 120 conversations: 120 are too long for {}.seq_len 1 ("),
+    ],
+)
+@pytest.mark.parametrize("section", ["training", "validation"])
+def test_a_message_about_files_names_the_setting_that_they_come_from(
+    section: str, files: str, told: str, chat: Path, tmp_path: Path
+) -> None:
+    (chat / "bad.jsonl").write_text("[]\n")
+    small = [f"--{section}.seq_len=1"] if files == "train.jsonl" else []
+    own = ["--validation.enable", "--validation.dataset=chat", f"--validation.dataset_path={chat}/train.jsonl"]
+    wrong = [*chat_options(chat), *own, f"--{section}.dataset_path={chat}/{files}", *small]
+    config = parse(tmp_path, "--checkpoint.initial_load_path=", *wrong)
+    spec = train_spec.get_train_spec(config.model.name)
+    with pytest.raises(ValueError) as error:
+        ChatJob(config, spec, Crew()).change(spec, validates=True)
+    message = str(error.value)
+    assert message.startswith(f"{section}.dataset_path: ") and told.format(section) in message
+    assert {"training": "validation.", "validation": "training."}[section] not in message
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from lora_converter.chat.formats import BadRecord
 from lora_converter.chat.masks import ChatTokenizer
+from lora_converter.chat.settings import ChatConfig
 from lora_converter.chat.turns import Unmaskable
 
 
@@ -137,3 +138,11 @@ def test_the_fingerprint_changes_with_what_changes_the_result_and_with_nothing_e
         ChatTokenizer(a_folder(tmp_path / "d", MISTRAL), template=tmp_path / "a" / "chat_template.jinja").fingerprint(),
     ]
     assert len({first, *others}) == len(others) + 1
+
+
+def test_the_day_is_one_of_the_calendar_and_in_quotes() -> None:
+    assert ChatConfig(date="2024-02-29").date == "2024-02-29"
+    for wrong in ("2025-02-29", "20250101", "2025-1-1", "today", "", datetime.date(2025, 1, 1)):
+        with pytest.raises(ValueError) as error:
+            ChatConfig(date=wrong)  # type: ignore[arg-type]
+        assert str(error.value) == f'chat.date = {wrong!r}: must be a day in quotes, as "2025-01-01".'
