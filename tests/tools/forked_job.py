@@ -8,10 +8,12 @@ import multiprocessing
 import multiprocessing.forkserver as forkserver
 import os
 import re
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from unittest import mock
 
@@ -45,8 +47,12 @@ class ForkedJob:
         self.arguments = ["--job.config_file", str(ROOT / "configs" / config), *SMALL, *options]
         self.arguments.append(f"--job.dump_folder={folder}")
 
-    def launch(self, *options: str) -> None:
-        """Starts the ranks, with further options for this launch."""
+    def launch(self, *options: str, inside: Callable[[], None] | None = None) -> None:
+        """Starts the ranks, with further options for this launch.
+
+        Args:
+            inside: Called in each rank before the job begins; of a module's own, so that it can be pickled.
+        """
         # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
         with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
             forkserver.ensure_running()
@@ -57,7 +63,8 @@ class ForkedJob:
             port = sock.getsockname()[1]
         self._processes = [
             _FORK.Process(
-                target=_run_rank, args=(rank, self.ranks, port, [*self.arguments, *options], str(self._log(rank)))
+                target=_run_rank,
+                args=(rank, self.ranks, port, [*self.arguments, *options], str(self._log(rank)), inside),
             )
             for rank in range(self.ranks)
         ]
@@ -79,6 +86,19 @@ class ForkedJob:
         for process in self._processes:
             process.kill()
         self.exit_codes()
+
+    def wait_for_death(self) -> None:
+        """Waits until a rank is killed, and kills the others, as torchrun does.
+
+        Raises:
+            RuntimeError: It ended in another way; with the end of its log.
+        """
+        connection.wait([process.sentinel for process in self._processes])
+        codes = [process.exitcode for process in self._processes]
+        self.kill()
+        for rank, code in enumerate(codes):
+            if code not in (None, -signal.SIGKILL):
+                raise RuntimeError(f"Rank {rank} ended with {code}:\n{self._log(rank).read_text()[-3000:]}")
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """A signal to some ranks; to all if left out. Those that have ended get none."""
@@ -140,7 +160,9 @@ def make_base(folder: Path, *options: str) -> Path:
     return folder / "checkpoint" / "step-1"
 
 
-def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) -> None:
+def _run_rank(
+    rank: int, ranks: int, port: int, arguments: list[str], log: str, inside: Callable[[], None] | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -149,4 +171,6 @@ def _run_rank(rank: int, ranks: int, port: int, arguments: list[str], log: str) 
     sys.argv = ["train", *arguments]
     from forked_job_imports import main
 
+    if inside is not None:
+        inside()
     main()
