@@ -43,6 +43,7 @@ class Run:
 
     trainer: Trainer
     losses: list[float] = field(default_factory=list)
+    max_losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     lrs: list[float] = field(default_factory=list)
     batches: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -76,6 +77,7 @@ def build(folder: Path | str, *args: str, config: Path = CONFIG) -> Run:
 
     def record_log(step: int, loss: float, max_loss: float, grad_norm: float, extra_metrics: dict) -> None:
         run.losses.append(float(loss))
+        run.max_losses.append(float(max_loss))
         run.grad_norms.append(float(grad_norm))
         run.lrs.append(extra_metrics["lr"])
         log(step, loss, max_loss, grad_norm, extra_metrics=extra_metrics)

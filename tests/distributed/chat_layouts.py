@@ -23,6 +23,8 @@ from parity import (
     losses_of,
 )
 
+from lora_converter.chat.rows import IGNORED
+
 STEPS, ROWS = 4, 8
 """Of a run, and rows of its global batch."""
 
@@ -68,6 +70,7 @@ def record(run: Run) -> dict[str, Any]:
 
     run.trainer.metrics_processor.log_validation = log_validation
     finish(run)
+    assert all(map(math.isfinite, run.max_losses)) and len(run.max_losses) == STEPS
     return {"losses": losses_of(run), "norms": run.grad_norms, "validated": last(validated), "rows": rows_of(run)}
 
 
@@ -125,6 +128,14 @@ def on_layout(name: str, *options: str, model: str = "llama3", batches: int = 1)
     return check
 
 
+def without_labels(folder: Path) -> dict[str, float]:
+    """Short conversations in long rows: the second of two context-parallel ranks has not one trained token."""
+    options = (ONE_PER_ROW, LONG)
+    labels = reference(folder.parent.parent, "llama3", *options)["rows"][:, :, 1]
+    assert (labels[..., 128:384] == IGNORED).all()  # the two quarters in the middle are its part
+    return on_layout("CP2", *options)(folder)
+
+
 def moves(folder: Path) -> None:
     """One step under FSDP2, one under TP2, one under PP2, one under DDP2: each goes on at the right row."""
     bases = folder.parent.parent
@@ -140,19 +151,21 @@ def moves(folder: Path) -> None:
     assert all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(losses, expected["losses"], strict=True)), losses
 
 
-ONE_PER_ROW = "--chat.packing=none"
+ONE_PER_ROW, LONG = "--chat.packing=none", "--training.seq_len=512"
 CASES: dict[str, tuple[int, Callable[[Path], Any]]] = {
     **{name: (ranks, on_layout(name)) for name, (ranks, *_) in LAYOUTS.items()},
     "accumulation, FSDP2": (2, on_layout("FSDP2", batches=2)),
     "accumulation, TP2": (2, on_layout("TP2", batches=2)),
     "one conversation per row, CP2": (2, on_layout("CP2", ONE_PER_ROW)),
     "one conversation per row, PP2": (2, on_layout("PP2", ONE_PER_ROW)),
+    "a rank without trained tokens, CP2": (2, without_labels),
     "qwen3, TP2": (2, on_layout("TP2", model="qwen3")),
     "qwen3, one conversation per row, CP2": (2, on_layout("CP2", ONE_PER_ROW, model="qwen3")),
     "from layout to layout": (2, moves),
 }
 CHECKS = {name: check for name, (_, check) in CASES.items()}
 NEEDS = {(model, options) for model in ("llama3", "qwen3") for options in ((), (ONE_PER_ROW,))}
+NEEDS.add(("llama3", (ONE_PER_ROW, LONG)))
 """References."""
 
 if __name__ == "__main__":

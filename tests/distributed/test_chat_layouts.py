@@ -23,6 +23,11 @@ def verdicts(bases: Path) -> dict[str, Any]:
     return found
 
 
+def test_cp_with_packing_is_the_run_of_one_rank(verdicts: dict[str, Any]) -> None:
+    for claim in ("CP2", "PP2 x CP2 x FSDP2"):
+        assert not verdicts[claim]["error"], verdicts[claim]["error"]
+
+
 @pytest.mark.parametrize("claim", list(chat_layouts.CASES))
 def test_conversations_are_the_same_on(verdicts: dict[str, Any], claim: str) -> None:
     assert not verdicts[claim]["error"], verdicts[claim]["error"]

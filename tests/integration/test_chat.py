@@ -125,7 +125,7 @@ def resumed(folder: Path, *options: str) -> Run:
     return run
 
 
-def test_a_run_goes_on_at_the_right_row_over_the_end_of_an_epoch(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
+def test_epoch_end_resume_a_run_goes_on_at_the_right_row(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
     options = on(dcp_base, chat, "--training.local_batch_size=5", "--lr_scheduler.total_steps=20")
     more = ["--checkpoint.interval=2", "--checkpoint.no-last_save_model_only"]
     rows = build(tmp_path / "look", *options).trainer.dataloader.order.rows.per_epoch

@@ -17,7 +17,9 @@ MODELS = {"llama3": tiny_llama, "qwen3": tiny_qwen3}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_packed_run_is_one_that_reads_one_conversation_at_a_time(name: str, tmp_path: Path) -> None:
+def test_loss_across_documents_a_packed_run_is_one_that_reads_one_conversation_at_a_time(
+    name: str, tmp_path: Path
+) -> None:
     model = MODELS[name]()
     model.save_pretrained(tmp_path / "base")
     run = build(

@@ -24,6 +24,7 @@ from lora_converter.chat import reading, survey
 from lora_converter.chat.crew import Crew
 from lora_converter.chat.dataset import Dataset, open_dataset
 from lora_converter.chat.parts import COLUMNS, TRAINED
+from lora_converter.chat.rows import IGNORED, Rows
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +75,7 @@ def test_any_number_of_processes_builds_the_same_bytes(world: int, data: Path, t
     assert os.listdir(made.folder.parent) == ["whole"]
 
 
-def test_ranks_share_the_work(data: Path, tmp_path: Path) -> None:
+def test_slow_tokenising_on_rank_0_all_ranks_share_the_work(data: Path, tmp_path: Path) -> None:
     all_at_it = multiprocessing.get_context("fork").Barrier(3)
 
     class Together(Words):
@@ -302,6 +303,21 @@ def test_what_is_too_long_is_dropped_cut_or_refused(tmp_path: Path) -> None:
         kept("cut")
     with pytest.raises(ValueError, match=r"training.seq_len is 0"):
         kept("drop", 0)
+
+
+def test_mask_off_by_one_at_truncation_a_label_is_kept_where_its_input_is(tmp_path: Path) -> None:
+    """One trained token at each place; cut to any length."""
+    words = [[f"{place}.{k}" + "!" * (k == place) for k in range(9)] for place in range(1, 9)]
+    data = write_lines(tmp_path / "train.jsonl", [{"messages": " ".join(text)} for text in words])
+    for seq_len in range(1, 9):
+        dataset = built(data, tmp_path / "cache", seq_len=seq_len, too_long="truncate").dataset()
+        rows = Rows(dataset, seq_len=seq_len, packing="none")
+        labels = [rows.row(k).label.tolist() for k in range(rows.per_epoch)]
+        expected = []
+        for place in range(1, seq_len + 1):
+            trained = int(ids_of(words[place - 1][place])[0])
+            expected.append([trained if k == place - 1 else IGNORED for k in range(seq_len)])
+        assert sorted(labels) == sorted(expected)
 
 
 def test_when_nothing_is_left_the_counts_say_why(tmp_path: Path) -> None:

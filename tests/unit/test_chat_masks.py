@@ -22,6 +22,7 @@ from chat_tokenizers import (
     text,
     trained,
 )
+from chat_words import built, write_lines
 from tokenizers import Tokenizer, processors
 
 from lora_converter.chat.formats import BadRecord
@@ -152,6 +153,9 @@ def test_eos_never_learned_because_the_template_writes_none_is_refused_or_said(t
     assert message.endswith("but with 'it ran': the model will not learn to stop there.")
 
 
-def test_bad_role_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadRecord, match=r"message 1: unknown role 'boss'; the roles are"):
-        chat(tmp_path).encode({"messages": [USER, {"role": "boss", "content": "x"}, ANSWER]})
+def test_bad_role_without_a_line_number_the_message_has_file_line_and_place(tmp_path: Path) -> None:
+    bad = {"messages": [USER, {"role": "boss", "content": "x"}, ANSWER]}
+    data = write_lines(tmp_path / "train.jsonl", [TWO_TURNS, TWO_TURNS, bad, TWO_TURNS])
+    with pytest.raises(ValueError) as error:
+        built(data, tmp_path / "cache", encoder=chat(tmp_path / "tokenizer"))
+    assert "records cannot be used: train.jsonl:3: message 1: unknown role 'boss'; the roles are" in str(error.value)

@@ -46,13 +46,37 @@ def test_a_row_is_its_examples_one_after_the_other_and_padding(dataset: Dataset)
         assert row.input.dtype == row.label.dtype == row.documents.dtype == np.int64
 
 
-def test_every_answer_is_in_one_row_whole_and_rows_are_shared(dataset: Dataset) -> None:
+def test_packing_that_packs_nothing_or_splits_answers_rows_are_shared_and_each_answer_is_whole(dataset: Dataset) -> None:
     rows = rows_of(dataset)
     assert rows.per_epoch < len(dataset) / 2 and rows.fill > 0.9
     assert rows.fill == int(dataset.lengths.sum()) / (30 * rows.per_epoch)
     labels = [label for k in range(rows.per_epoch) for label in rows.row(k).label.tolist() if label != IGNORED]
     wanted = [int(ids_of(word)[0]) for i in range(23) for word in said(i).split() if word.endswith("!")]
     assert sorted(labels) == sorted(wanted)
+
+
+def test_loss_across_documents_a_label_is_of_the_conversation_of_its_input(dataset: Dataset) -> None:
+    said_in = {int(token): i for i in range(23) for token in ids_of(said(i))}
+    rows = rows_of(dataset)
+    pairs = [
+        (said_in[token], said_in[label])
+        for row in map(rows.row, range(rows.per_epoch))
+        for token, label in zip(row.input.tolist(), row.label.tolist(), strict=True)
+        if label != IGNORED
+    ]
+    assert len(pairs) == dataset.counts.trained_tokens and all(one == other for one, other in pairs)
+
+
+@pytest.mark.parametrize("packing", ["documents", "none"])
+def test_all_minus_100_no_row_that_is_trained_is_without_a_label(packing: Any, tmp_path: Path) -> None:
+    """Whatever is cut away: so no micro-batch and no rank of a step is without one, and no loss is 0 / 0."""
+    records = [{"messages": [said(i), said(i, 2), f"{said(i, 2)} so{i}!"]} for i in range(40)]
+    data = write_lines(tmp_path / "train.jsonl", records)
+    for seq_len in (2, 3, 7):
+        for too_long in ("drop", "truncate"):
+            dataset = built(data, tmp_path / "cache", seq_len=seq_len, too_long=too_long).dataset()
+            rows = rows_of(dataset, seq_len=seq_len, packing=packing)
+            assert all((rows.row(k).label != IGNORED).any() for k in range(2 * rows.per_epoch))
 
 
 def test_padding_attends_to_padding_alone(dataset: Dataset) -> None:
@@ -115,7 +139,7 @@ LAYOUTS = [(1, 1), (3, 1), (1, 2), (2, 2), (1, 3), (2, 3)]
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_a_run_resumed_after_any_row_on_other_ranks_sees_each_row_once(
+def test_resume_on_other_dp_each_row_is_seen_once_after_any_row(
     before: tuple[int, int], after: tuple[int, int]
 ) -> None:
     for steps in range(15):
@@ -178,7 +202,9 @@ def test_a_state_of_other_rows_is_refused_with_what_differs(dataset: Dataset, tm
 
 
 @pytest.mark.parametrize(("local", "world"), [(1, 1), (2, 3), (4, 2), (5, 4)])
-def test_in_validation_all_ranks_have_equally_many_batches_and_each_row_is_there_once(local: int, world: int) -> None:
+def test_validation_hang_with_unequal_ranks_all_have_equally_many_batches_and_each_row_once(
+    local: int, world: int
+) -> None:
     orders = ranks(7, local, world, ValidationOrder)
     visits = [[[batch.input[:, 0].tolist() for batch in order] for order in orders] for _ in range(2)]
     assert visits[0] == visits[1]

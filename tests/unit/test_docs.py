@@ -130,6 +130,14 @@ def test_what_a_row_says_to_do_is_done_by_the_test_behind_it_after_the_rows_trou
         assert not files or any(message in source(file) for file in files), (message, files)
 
 
+def test_every_report_of_others_has_a_test_of_its_name() -> None:
+    rows = [line for line in PAGES["docs/chat_reports.md"].splitlines() if line.startswith("| ")][1:]
+    found = [re.findall(r"\[`(test_\w+)`\]\(\.\./(tests/\S+?)\)", row) for row in rows]
+    assert len(rows) == 19 and all(found)  # EOS is never learned in two ways
+    missing = [test for tests in found for test, file in tests if f"def {test}(" not in (ROOT / file).read_text()]
+    assert missing == []
+
+
 ASKS = re.compile(
     r"(?:for .* )?(?:add|allow|call|check|convert|delete|derive|end|exclude|give|have it|keep|leave|load|merge|name|"
     r"put|remove|rename|resume|set|start|take|untie|use|write) ",
