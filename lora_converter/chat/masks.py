@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 TrainOn = Literal["assistant", "last", "each", "all"]
 """Every assistant turn; the last one; each one in an example of its own, which ends with it; every token."""
 
+_DATE = datetime.date.fromisoformat(DATE)
+
 _RULES = 1
 """Counts changes of what this room makes of the same input."""
 
@@ -61,7 +63,7 @@ class ChatTokenizer:
         template: str | Path = "",
         template_args: Mapping[str, Any] | None = None,
         train_on: TrainOn = "assistant",
-        date: datetime.date = datetime.date.fromisoformat(DATE),
+        date: datetime.date = _DATE,
         vocab_size: int | None = None,
     ) -> None:
         """

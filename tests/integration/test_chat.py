@@ -1,14 +1,17 @@
 """`training.dataset = "chat"` through torchtitan's trainer on one rank: what it changes, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from chat_job import TEMPLATE, chat_options
-from harness import BASE_CONFIG, Run, build, finish, llama3_args, parse, train
+from harness import BASE_CONFIG, ROOT, Run, build, finish, llama3_args, parse, train
 from safetensors.torch import load_file, save_file
 from torchtitan.models import llama3
 from torchtitan.protocols import train_spec
@@ -57,8 +60,8 @@ def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
     run.trainer.metrics_processor.log = keep
     finish(run)
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Chat: 120 conversations"))
-    promised = r"120 conversations, [\d.]+K tokens, \d\d % trained; \d+ rows of 256, \d\d\.\d % filled; an epoch is \d+ steps"
-    assert re.fullmatch(f"Chat: {promised}", line)
+    data = r"Chat: 120 conversations, [\d.]+K tokens, \d\d % trained"
+    assert re.fullmatch(rf"{data}; \d+ rows of 256, \d\d\.\d % filled; an epoch is \d+ steps", line)
     trained = [int((labels != -100).sum()) for _, labels in run.batches]
     assert [values["chat/trained_tokens"] for values in metrics] == trained and min(trained) > 0
     rows = run.trainer.dataloader.order.rows
@@ -303,3 +306,12 @@ def test_the_command_makes_the_cache_and_marks_what_is_trained(
     assert any((tmp_path / "cache").iterdir())
     assert main(["chat-data", f"{tmp_path}/job.toml"]) == 1
     assert 'set it to "chat"' in capsys.readouterr().err
+
+
+def test_a_start_from_the_cache_of_a_million_conversations_costs_a_small_part_of_the_imports() -> None:
+    """CPU seconds of one process: 0.06 measured, and 0.04 of a launch of the debug model."""
+    command = [sys.executable, str(ROOT / "tests/tools/chat_start.py")]
+    result = subprocess.run(command, env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "990,049 conversations, 592M tokens" in result.stderr
+    assert json.loads(result.stdout)["start / imports"] < 0.2

@@ -1,4 +1,4 @@
-"""A job on conversations that is killed at six moments, each time to go on on another layout: no row is lost or doubled."""
+"""A job on conversations, killed at six moments and each time continued on another layout, loses and doubles no row."""
 
 import itertools
 import json

@@ -212,8 +212,8 @@ def test_a_run_goes_on_with_its_own_rows_or_starts_anew_from_its_adapters(job: l
     with pytest.raises(ValueError) as error:
         goes_on(run, *longer, other)
     assert (
-        "was trained on other rows. What differs: the tokenizer, chat.template, template_args, date or train_on (digest "
-        in str(error.value)
+        "was trained on other rows. What differs: the tokenizer, chat.template, template_args, date or train_on "
+        "(digest " in str(error.value)
     )
     assert "or start a run of its own from the checkpoint's weights." in str(error.value)
     new = goes_on(tmp_path / "new", *job, other, f"--lora.initial_adapter_path={step(run, 2)}")

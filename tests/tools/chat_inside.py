@@ -1,4 +1,4 @@
-"""Inside the ranks of a chat job: each step's rows are written down as they reach the model, and the rank may be killed."""
+"""Inside the ranks of a chat job: the rows of each step are written down, and the rank may be killed at a place."""
 
 import json
 import os

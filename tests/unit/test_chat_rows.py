@@ -46,7 +46,9 @@ def test_a_row_is_its_examples_one_after_the_other_and_padding(dataset: Dataset)
         assert row.input.dtype == row.label.dtype == row.documents.dtype == np.int64
 
 
-def test_packing_that_packs_nothing_or_splits_answers_rows_are_shared_and_each_answer_is_whole(dataset: Dataset) -> None:
+def test_packing_that_packs_nothing_or_splits_answers_rows_are_shared_and_each_answer_is_whole(
+    dataset: Dataset,
+) -> None:
     rows = rows_of(dataset)
     assert rows.per_epoch < len(dataset) / 2 and rows.fill > 0.9
     assert rows.fill == int(dataset.lengths.sum()) / (30 * rows.per_epoch)
