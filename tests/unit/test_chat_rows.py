@@ -71,8 +71,8 @@ def test_loss_across_documents_a_label_is_of_the_conversation_of_its_input(datas
 
 @pytest.mark.parametrize("packing", ["documents", "none"])
 def test_all_minus_100_no_row_that_is_trained_is_without_a_label(packing: Any, tmp_path: Path) -> None:
-    """Whatever is cut away: so no micro-batch and no rank of a step is without one, and no loss is 0 / 0."""
-    records = [{"messages": [said(i), said(i, 2), f"{said(i, 2)} so{i}!"]} for i in range(40)]
+    """Wherever a conversation is cut: so no micro-batch and no rank of a step is without one, and no loss is 0 / 0."""
+    records = [{"messages": [said(i), f"{said(i, i % 7 + 1).replace('!', '')} so{i}!"]} for i in range(40)]
     data = write_lines(tmp_path / "train.jsonl", records)
     for seq_len in (2, 3, 7):
         for too_long in ("drop", "truncate"):
