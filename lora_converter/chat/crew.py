@@ -6,19 +6,20 @@ making the same thing; where it fails (a clock, a cache of a network file system
 result is thrown away. There is no collective: the data may take longer than any time-out of theirs.
 """
 
+import json
 import logging
 import os
 import shutil
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lora_converter.files import appears_complete
+from lora_converter.processes import Process
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def _do(task: Task, claims: "_Claims", until: Path | None) -> bool:
 class _Claims:
     def __init__(self) -> None:
         self.held: Path | None = None
-        self._me = f"{socket.gethostname()} {os.getpid()}"
+        self._me = json.dumps(asdict(Process.here()))
         self._seen: dict[Path, tuple[int, float]] = {}
 
     def take(self, result: Path) -> bool:
@@ -98,10 +99,10 @@ class _Claims:
             claim.unlink(missing_ok=True)
         try:
             with open(claim, "x") as file:
+                self.held = claim
                 file.write(self._me)
         except FileExistsError:
             return False
-        self.held = claim
         return True
 
     def renew(self) -> None:
@@ -120,7 +121,7 @@ class _Claims:
             renewed, owner = claim.stat().st_mtime_ns, claim.read_text()
         except FileNotFoundError:
             return False
-        if owner == self._me or self._is_dead(owner):
+        if _is_dead(owner):
             return False
         last, since = self._seen.get(claim, (None, 0.0))
         if last != renewed:
@@ -128,17 +129,12 @@ class _Claims:
             return True
         return time.monotonic() - since < PATIENCE
 
-    def _is_dead(self, owner: str) -> bool:
-        """Whether it is a process of this machine that is no more."""
-        host, _, pid = owner.rpartition(" ")
-        if host != self._me.rpartition(" ")[0] or not pid.isdigit():
-            return False
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
+
+def _is_dead(owner: str) -> bool:
+    """Whether it is seen from here that the process which wrote this into its claim is no more."""
+    try:
+        return Process(**json.loads(owner)).is_dead() is True
+    except (TypeError, ValueError):  # it is still writing
         return False
 
 

@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from lora_converter.files import read_json
+from lora_converter.processes import Process
 from lora_converter.ranks import gather_all, is_first_rank, on_first_rank, together
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class Holder:
     Attributes:
         process: Its number where it runs.
         since: UTC, ISO 8601.
-        place: Boot and process namespace, which give process numbers their meaning; empty where they are not known.
-        started: When the process started, in ticks of that boot.
+        place: Where that number counts.
+        started: When the process started, see `processes.py`.
         token: Of this claim alone.
         count: Moves while the holder lives.
     """
@@ -65,19 +66,16 @@ class Holder:
     @staticmethod
     def here() -> "Holder":
         """This process, from now on."""
-        since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        process = os.getpid()
-        return Holder(socket.gethostname(), process, since, _place(), _started(process), uuid.uuid4().hex)
+        since, me = datetime.now(timezone.utc).isoformat(timespec="seconds"), Process.here()
+        return Holder(socket.gethostname(), me.number, since, me.place, me.started, uuid.uuid4().hex)
 
     def __str__(self) -> str:
-        ours = " (this one: close its trainer)" if self.process == os.getpid() and self.place == _place() else ""
+        ours = " (this one: close its trainer)" if self.writer == Process.here() else ""
         return f"process {self.process} on {self.host}{ours}, since {self.since}"
 
-    def is_dead(self) -> bool | None:
-        """Whether its process is gone; None if that cannot be seen from here."""
-        if not self.place or self.place != _place():
-            return None
-        return _started(self.process) != self.started
+    @property
+    def writer(self) -> Process:
+        return Process(self.process, self.place, self.started)
 
 
 class Claim:
@@ -137,7 +135,7 @@ class Claim:
 
     def _wait_for_end_of(self, holder: Holder) -> None:
         folder = self._folder
-        dead = holder.is_dead()
+        dead = holder.writer.is_dead()
         if dead is None:
             logger.info(f"LoRA: {folder} is held by {holder}; watching for {PATIENCE:g} s whether it lives.")
             end = time.monotonic() + PATIENCE
@@ -224,20 +222,3 @@ def _read(path: Path) -> Holder | None:
         return None
     except (TypeError, ValueError) as e:
         raise ValueError(f"{path} is damaged ({e}). Delete it if no run writes to its folder.") from None
-
-
-def _place() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _started(process: int) -> str:
-    """When a process of this place has started; empty if it is not there, or has ended and is not buried yet."""
-    try:
-        state, *rest = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else rest[18]

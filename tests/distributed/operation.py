@@ -16,6 +16,7 @@ from harness import build, train
 from launch import main
 from parity import base_options
 
+from lora_converter.processes import Process
 from lora_converter.run import claim
 from lora_converter.run.claim import Holder
 from lora_converter.run.preemption import Preemption
@@ -74,8 +75,9 @@ def is_shared(folder: Path) -> None:
 def is_held(folder: Path) -> None:
     """By the launcher of these ranks, which lives."""
     options, path = base_options("llama3", folder.parent.parent), folder / "checkpoint.writer.json"
-    parent = os.getppid()
-    holder = Holder("elsewhere", parent, "2026-01-01T00:00:00+00:00", claim._place(), claim._started(parent), "theirs")
+    parent = Process.of(os.getppid())
+    since = "2026-01-01T00:00:00+00:00"
+    holder = Holder("elsewhere", parent.number, since, parent.place, parent.started, "theirs")
     if dist.get_rank() == 0:
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(asdict(holder)))
