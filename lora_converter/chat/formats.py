@@ -11,9 +11,6 @@
 The first line of the table whose keys a record has counts; other keys are ignored. `tools` may stand beside messages,
 as a list or as the JSON text of one; `system` beside `conversations` and `instruction`. An assistant message with
 `"train": false` or `"weight": 0` is read and not trained.
-
-Arrow gives every object the keys of all, with null. So a key with null counts as absent, at any depth of a message and
-of `tools`. To keep a null in a call's arguments, write the arguments as JSON text.
 """
 
 import json
@@ -66,22 +63,24 @@ class Completion:
 def example_of(record: Mapping[str, Any]) -> Conversation | Completion:
     """What a record teaches; see the module's table for the formats.
 
+    Args:
+        record: Without nulls, as `reading.py` has it.
+
     Raises:
         BadRecord: It has none of the formats, or something in it has another type than its format says.
     """
     if not isinstance(record, Mapping):
         raise BadRecord(f"the record is {_kind(record)}, not an object")
-    fields = {key: value for key, value in record.items() if value is not None}
-    if "messages" in fields:
-        return _conversation(_messages(fields["messages"], "messages"), fields)
-    if "conversations" in fields:
-        return _conversation(_system(fields) + _messages(fields["conversations"], "conversations"), fields)
-    if {"prompt", "completion"} <= fields.keys():
-        return _prompt_and_completion(fields)
-    if {"instruction", "output"} <= fields.keys():
-        return _alpaca(fields)
+    if "messages" in record:
+        return _conversation(_messages(record["messages"], "messages"), record)
+    if "conversations" in record:
+        return _conversation(_system(record) + _messages(record["conversations"], "conversations"), record)
+    if {"prompt", "completion"} <= record.keys():
+        return _prompt_and_completion(record)
+    if {"instruction", "output"} <= record.keys():
+        return _alpaca(record)
     raise BadRecord(
-        f"keys {sorted(map(str, fields))} are none of the formats: messages; conversations; prompt and completion; "
+        f"keys {sorted(map(str, record))} are none of the formats: messages; conversations; prompt and completion; "
         "instruction, input and output"
     )
 
@@ -139,10 +138,10 @@ def _messages(value: Any, key: str) -> list[Message]:
 
 
 def _message(message: Mapping[str, Any], where: str) -> Message:
-    """A message as templates expect it: a known role, content as text, calls with objects, no nulls."""
+    """A message as templates expect it: a known role, content as text, calls with objects."""
     role = _role(message, where)
     content = _text_of(message, f"{where} ({role})")
-    clean = _without_nulls({key: value for key, value in message.items() if key not in _OURS})
+    clean = {key: value for key, value in message.items() if key not in _OURS}
     if calls := clean.pop("tool_calls", None):
         clean["tool_calls"] = [_call(call, f"{where} ({role})") for call in _listed(calls, f"{where}: tool_calls")]
     if reasoning := next((clean[key] for key in REASONING if isinstance(clean.get(key), str)), None):
@@ -199,7 +198,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str):
         tools = _parsed(tools, "tools") if tools.strip() else None
-    read = _without_nulls(_listed(tools, "tools")) if tools is not None else None
+    read = _listed(tools, "tools") if tools is not None else None
     if read and not all(isinstance(tool, dict) for tool in read):
         raise BadRecord("tools holds something else than objects. Each is the JSON schema of a function")
     return read or None
@@ -225,14 +224,6 @@ def _trains(message: Mapping[str, Any], where: str) -> bool:
     if weight not in (None, 0, 1):
         raise BadRecord(f"{where}: weight is {weight!r}; it is 0 (not trained) or 1")
     return train in (None, True) and weight != 0
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        return value
-    return [_without_nulls(item) for item in value]
 
 
 def _kind(value: Any) -> str:

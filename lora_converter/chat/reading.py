@@ -5,6 +5,10 @@ parquet file is a row group. Parts depend on the file alone, so that any number 
 
 JSON lines are read by `json`, not by Arrow: Arrow gives all records the keys of all others, and refuses tool calls
 whose arguments have different types.
+
+A key with null counts as absent, at any depth and in files of any kind: Arrow gives every object the keys of all
+others, with null, and so do JSON lines that were written from Arrow. What is absent must not reach a template, nor make
+another record of the same one. A null is kept in what is JSON text itself, as a call's arguments and `tools` may be.
 """
 
 import glob
@@ -124,7 +128,10 @@ def count_rows(file: DataFile) -> list[int]:
 
 
 def read(part: Part) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
-    """Line or row numbers, from 1, with the record there, or what is wrong with it. Blank lines are skipped."""
+    """Line or row numbers, from 1, with the record there, or what is wrong with it.
+
+    Blank lines are skipped. Records are without nulls.
+    """
     if part.file.is_parquet:
         yield from enumerate(_rows(part), part.first_line)
         return
@@ -142,7 +149,7 @@ def read(part: Part) -> Iterator[tuple[int, dict[str, Any] | Broken]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Arrow gives every object the keys of all others, with null: those are dropped."""
+    """A record without keys that have null; lists keep theirs, which have a place."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -150,7 +157,7 @@ def without_nulls(value: Any) -> Any:
 
 def _record(line: bytes) -> dict[str, Any] | Broken:
     try:
-        value = json.loads(line.decode())
+        value = without_nulls(json.loads(line.decode()))
     except (ValueError, RecursionError) as e:
         hint = ""
         if line.startswith(b"["):

@@ -403,8 +403,6 @@ def test_a_record_keeps_its_side_of_the_split(data: Path, tmp_path: Path) -> Non
     train, validation = sides(data, 0.2)
     assert len(train) + len(validation) == 95 and not train & validation and 9 < len(validation) < 31
     shuffled = [{"messages": said(i), "source": None} for i in random.Random(0).sample(range(140), 140)]
-    for record in shuffled:
-        del record["source"]
     more = tmp_path / "more.jsonl"
     more.write_text("\n\n".join(json.dumps(record, indent=None, separators=(" , ", ":")) for record in shuffled))
     train_more, validation_more = sides(more, 0.2)

@@ -134,15 +134,29 @@ def test_broken_lines_and_other_values_are_told_with_the_lines_after_them(tmp_pa
     )
 
 
-def test_parquet_parts_are_row_groups_and_null_keys_are_dropped(tmp_path: Path) -> None:
+def test_parquet_parts_are_row_groups(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": str(i)}], "i": i} for i in range(10)]
-    rows[3]["messages"][0]["name"] = "x"
-    rows[4]["i"] = None
     path = write_parquet(tmp_path / "train.parquet", rows, group=4)
     [file] = find_files([str(path)])
     assert count_rows(file) == [4, 4, 2]
-    rows[4].pop("i")
     assert everything(path) == list(enumerate(rows, 1))
+
+
+def test_nulls_that_arrow_adds_are_dropped_at_any_depth_and_from_files_of_any_kind(tmp_path: Path) -> None:
+    def call(**arguments: Any) -> dict[str, Any]:
+        return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+    hi, parameters = {"role": "user", "content": "Hi"}, {"type": "object", "required": ["a", None]}
+    rows = [
+        {"messages": [hi, call(a=1)], "tools": [{"name": "f", "parameters": parameters}], "id": 7},
+        {"messages": [hi, call(b="x", c=[{"d": 1}, {"e": 2}, None])]},
+        {"messages": [{**hi, "train": False}, {"role": "assistant", "content": "Ho", "thinking": "..."}]},
+    ]
+    path = write_parquet(tmp_path / "train.parquet", rows)
+    padded = pytest.importorskip("pyarrow.parquet").read_table(path).to_pylist()
+    assert json.dumps(padded).count("null") > 20
+    for written in (path, write_lines(tmp_path / "train.jsonl", padded)):
+        assert everything(written) == list(enumerate(rows, 1))
 
 
 def test_parquet_without_conversations_or_rows_is_refused(tmp_path: Path) -> None:
