@@ -18,22 +18,19 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_converter.chat.folder import open_tokenizer, template_source
 from lora_converter.chat.formats import BadRecord, Completion, Conversation, example_of
-from lora_converter.chat.settings import DATE
+from lora_converter.chat.settings import DATE, TrainOn, check_choice
 from lora_converter.chat.template import ChatTemplate, Rendered, Span
 from lora_converter.chat.tokens import Encoding, SharedToken, Tokens
 from lora_converter.chat.turns import Unmaskable, check_nothing_lost, check_tools, prefix_span, tagged_spans
 
 logger = logging.getLogger(__name__)
-
-TrainOn = Literal["assistant", "last", "each", "all"]
-"""Every assistant turn; the last one; each one in an example of its own, which ends with it; every token."""
 
 _DATE = datetime.date.fromisoformat(DATE)
 
@@ -78,8 +75,7 @@ class ChatTokenizer:
             ValueError: A file is missing or damaged, or an argument is none of those allowed. A folder without a
                 template will do for completions.
         """
-        if train_on not in get_args(TrainOn):
-            raise ValueError(f"[chat] train_on: {train_on!r} is none of {', '.join(map(repr, get_args(TrainOn)))}.")
+        check_choice("train_on", train_on)
         self._files = open_tokenizer(folder)
         self._tokens = Tokens(self._files)
         self._train_on, self._date, self._vocab_size = train_on, date, vocab_size

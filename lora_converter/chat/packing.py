@@ -11,12 +11,11 @@ another version has to find the rows it left.
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-Packing = Literal["documents", "none"]
+from lora_converter.chat.settings import Packing, check_choice
 
 _U64 = npt.NDArray[np.uint64]
 
@@ -45,8 +44,7 @@ def plan(
     Raises:
         ValueError: An example has no room in a row, or `packing` is something else.
     """
-    if packing not in ("documents", "none"):
-        raise ValueError(f"chat.packing is {packing!r}; it is documents or none.")
+    check_choice("packing", packing)
     if not len(lengths) or lengths.min() < 1 or lengths.max() > seq_len:
         span = f"from {lengths.min()} to {lengths.max()}" if len(lengths) else "no examples"
         raise ValueError(f"Rows of {seq_len} tokens hold examples of 1 to {seq_len}; here are {span}.")

@@ -9,14 +9,13 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from lora_converter.chat.reading import Broken, Part, read
-
-TooLong = Literal["drop", "error", "truncate"]
+from lora_converter.chat.settings import TooLong, check_choice
 
 TRAINED = np.uint32(1 << 31)
 IDS = np.uint32((1 << 31) - 1)
@@ -53,8 +52,7 @@ class Limit:
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ValueError(f"{self.setting} is {self.seq_len}; it is at least 1.")
-        if self.too_long not in ("drop", "error", "truncate"):
-            raise ValueError(f"chat.too_long is {self.too_long!r}; it is drop, error or truncate.")
+        check_choice("too_long", self.too_long)
 
 
 @dataclass

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_converter.chat.dataset import Dataset
-from lora_converter.chat.packing import Packing, Plan, plan
+from lora_converter.chat.packing import Plan, plan
+from lora_converter.chat.settings import Packing
 
 IGNORED = -100
 """The label of a token that is not trained."""

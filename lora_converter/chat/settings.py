@@ -5,15 +5,21 @@ No postponed annotations here: torchtitan merges this into its job config by the
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lora_converter.config import is_number
 
-_CHOICES = {
-    "train_on": ("assistant", "last", "each", "all"),
-    "packing": ("documents", "none"),
-    "too_long": ("drop", "error", "truncate"),
-}
+TrainOn = Literal["assistant", "last", "each", "all"]
+Packing = Literal["documents", "none"]
+TooLong = Literal["drop", "error", "truncate"]
+
+_CHOICES = {"train_on": TrainOn, "packing": Packing, "too_long": TooLong}
+
+
+def check_choice(name: str, value: object) -> None:
+    """Raises ValueError if it is no value of this setting."""
+    if value not in (allowed := get_args(_CHOICES[name])):
+        raise ValueError(f"chat.{name} = {value!r}: must be one of {', '.join(allowed)}.")
 
 DATE = "2025-01-01"
 """The same one whenever the data are made, so that they are the same data."""
@@ -56,9 +62,8 @@ class ChatConfig:
     """Where the tokenised conversations are kept; job.dump_folder/chat_cache if empty."""
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"chat.{name} = {getattr(self, name)!r}: must be one of {', '.join(allowed)}.")
+        for name in _CHOICES:
+            check_choice(name, getattr(self, name))
         if not is_number(self.epochs) or self.epochs < 0:
             raise ValueError(f"chat.epochs = {self.epochs!r}: must be at least 0.")
         if not is_number(self.validation_split) or not 0 <= self.validation_split < 1:

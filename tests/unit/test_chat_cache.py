@@ -299,7 +299,7 @@ def test_what_is_too_long_is_dropped_cut_or_refused(tmp_path: Path) -> None:
     assert str(error.value).startswith(
         "4 of 5 records cannot be used: train.jsonl:2: it has 6 tokens; seq_len 4 has room for 5; train."
     )
-    with pytest.raises(ValueError, match=r"chat.too_long is 'cut'; it is drop, error or truncate"):
+    with pytest.raises(ValueError, match=r"chat\.too_long = 'cut': must be one of drop, error, truncate\."):
         kept("cut")
     with pytest.raises(ValueError, match=r"training.seq_len is 0"):
         kept("drop", 0)

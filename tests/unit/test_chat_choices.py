@@ -46,8 +46,22 @@ def test_train_on_chooses_turns_and_the_record_takes_some_out(tmp_path: Path, te
     assert text(tmp_path, example.ids[~example.trained]) == "on a mat<|im_end|>"
     with pytest.raises(BadRecord, match=r"no token would be trained"):
         chat(tmp_path, template, train_on="last").encode({"messages": record["messages"][:4]})
-    with pytest.raises(ValueError, match=r"\[chat\] train_on: 'every' is none of 'assistant', 'last', 'each', 'all'"):
+    with pytest.raises(ValueError, match=r"chat\.train_on = 'every': must be one of assistant, last, each, all\."):
         chat(tmp_path, template, train_on="every")
+
+
+def test_settings_that_are_none_are_refused_with_those_that_are() -> None:
+    for name, value, allowed in [
+        ("train_on", "every", "must be one of assistant, last, each, all."),
+        ("packing", "", "must be one of documents, none."),
+        ("too_long", None, "must be one of drop, error, truncate."),
+        ("epochs", -1, "must be at least 0."),
+        ("validation_split", 1, "must be at least 0 and below 1."),
+        ("template_args", "x", "must be a table."),
+    ]:
+        with pytest.raises(ValueError) as error:
+            ChatConfig(**{name: value})
+        assert str(error.value) == f"chat.{name} = {value!r}: {allowed}"
 
 
 def test_generation_blocks_that_cannot_be_told_apart_by_turn_are_refused(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_fits_no_row_is_refused() -> None:
             plan(np.array(lengths, np.int32), 10)
     with pytest.raises(ValueError, match="no examples"):
         plan(np.zeros(0, np.int32), 10)
-    with pytest.raises(ValueError, match=r"chat.packing is 'all'; it is documents or none"):
+    with pytest.raises(ValueError, match=r"chat\.packing = 'all': must be one of documents, none\."):
         plan(np.ones(1, np.int32), 10, packing="all")
 
 
