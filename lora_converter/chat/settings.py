@@ -21,6 +21,7 @@ def check_choice(name: str, value: object) -> None:
     if value not in (allowed := get_args(_CHOICES[name])):
         raise ValueError(f"chat.{name} = {value!r}: must be one of {', '.join(allowed)}.")
 
+
 DATE = "2025-01-01"
 """The same one whenever the data are made, so that they are the same data."""
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from lora_converter.chat import crew, reading, survey
 from lora_converter.chat.cache import Cache, build
 from lora_converter.chat.crew import Crew
+from lora_converter.chat.dataset import Dataset
 from lora_converter.chat.parts import Limit
 
 
@@ -34,6 +37,11 @@ class Words:
         return self.template
 
 
+class Untouchable(Words):
+    def encode(self, record: dict) -> list:
+        raise AssertionError("it is there already")
+
+
 def ids_of(text: str) -> np.ndarray:
     return np.array([zlib.crc32(word.encode()) & 0xFFFF for word in text.split()], np.uint32)
 
@@ -53,9 +61,32 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     return path
 
 
+def two_files(folder: Path) -> Path:
+    """95 conversations."""
+    write_lines(folder / "a.jsonl", conversations(60))
+    write_lines(folder / "b.jsonl", conversations(35, start=60))
+    return folder
+
+
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several parts in a file of a few thousand bytes, and looks and renewals that tests can wait for."""
+    monkeypatch.setattr(reading, "PART_BYTES", 1000)
+    monkeypatch.setattr(survey, "PARTS_PER_STRETCH", 4)
+    monkeypatch.setattr(crew, "POLL", 0.01)
+    monkeypatch.setattr(crew, "BEAT", 0.05)
+
+
 def built(data: Any, folder: Path, *, seq_len: int = 64, too_long: Any = "drop", **more: Any) -> Cache:
     more = {"encoder": Words(), "crew": Crew(), **more}
     return build(str(data), more["encoder"], folder=folder, limit=Limit(seq_len, too_long), crew=more["crew"])
+
+
+def texts(dataset: Dataset) -> list[list[int]]:
+    return [dataset.example(i)[0].tolist() for i in range(len(dataset))]
+
+
+def expected(*numbers: int) -> list[list[int]]:
+    return [ids_of(said(i)).tolist() for i in numbers]
 
 
 def contents(cache: Cache) -> dict[str, bytes]:
