@@ -19,9 +19,9 @@ from parity import (
     PP2,
     REPLICATE2,
     TP2,
-    base_options,
     losses_of,
 )
+from tiny_models import base_options
 
 from lora_converter.chat.rows import IGNORED
 

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish, full_state
 from launch import main
-from parity import CP2, FSDP2, OP_SAC, TP2, base_options, fill_b
+from parity import CP2, FSDP2, OP_SAC, TP2, fill_b
+from tiny_models import base_options
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module

@@ -4,7 +4,8 @@ import pytest
 import torch
 from harness import build
 from hf_models import save_tiny_llama
-from parity import ALL_ROWS, MODELS, Row, train_row
+from parity import ALL_ROWS, Row, train_row
+from tiny_models import MODELS
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build
 from launch import main
-from parity import FSDP2, PP2, TP2, base_options, fill_b
+from parity import FSDP2, PP2, TP2, fill_b
+from tiny_models import base_options
 
 from lora_converter import (
     LoRALinear,

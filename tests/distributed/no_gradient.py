@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from harness import Run, build, finish
 from launch import main
-from parity import base_options, losses_of
+from parity import losses_of
+from tiny_models import base_options
 from trouble import LAYOUTS
 
 from lora_converter.adapted import adapted_modules

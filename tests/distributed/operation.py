@@ -14,7 +14,7 @@ from unittest import mock
 import torch.distributed as dist
 from harness import build, train
 from launch import main
-from parity import base_options
+from tiny_models import base_options
 
 from lora_converter.processes import Process
 from lora_converter.run import claim

@@ -7,19 +7,15 @@ here 1e-9 and less, into a step of full size unless eps stands well above it.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import ROOT, TINY, Run, adapter_state, build, finish
+from harness import ROOT, Run, adapter_state, build, finish
 from launch import main
-from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
-from torchtitan.models.llama4 import TransformerModelArgs as Llama4ModelArgs
-from torchtitan.models.llama4 import llama4_args
-from torchtitan.models.moe import MoEArgs
-from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
+from tiny_models import base_options
 
 from lora_converter.adapted import adapter_parameters, stable_hash
 from lora_converter.tensors import copy_full_
@@ -141,55 +137,6 @@ QUICK = (*SIX, "DDP2", "HSDP 2x2")
 """The quick tier's: every kind of parallelism once."""
 
 ALL_ROWS = {**TABLE, **VARIANTS, **COMPILED}
-
-# Unequal dims everywhere, as the tiny Llama's.
-deepseekv3_args["tiny"] = DeepSeekV3ModelArgs(
-    vocab_size=320,
-    dim=64,
-    inter_dim=160,
-    moe_inter_dim=48,
-    n_layers=3,
-    n_dense_layers=1,
-    n_heads=4,
-    moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=2, score_func="softmax", route_norm=True),
-    q_lora_rank=24,
-    kv_lora_rank=40,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-)
-qwen3_args["tiny"] = Qwen3ModelArgs(
-    vocab_size=320, head_dim=24, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, qk_norm=True, hidden_dim=160
-)
-
-
-qwen3_args["tiny_moe"] = replace(
-    qwen3_args["tiny"],
-    moe_enabled=True,
-    moe_inter_dim=48,
-    moe_args=MoEArgs(num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True),
-)
-llama4_args["tiny"] = Llama4ModelArgs(
-    **TINY,
-    every_n_layers_nope=None,
-    interleave_moe_layer_step=2,
-    attn_type="sdpa",
-    moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=1, score_func="sigmoid"),
-)
-
-MODELS = {
-    "deepseek_v3": ["--model.name=deepseek_v3"],
-    "qwen3": ["--model.name=qwen3"],
-    "qwen3_moe": ["--model.name=qwen3", "--model.flavor=tiny_moe"],
-    "llama4": ["--model.name=llama4"],
-}
-
-
-def base_options(model: str, bases: Path) -> list[str]:
-    """The Llama's base is a Hugging Face folder, the others' torchtitan's own seed checkpoints."""
-    if model == "llama3":
-        return [f"--checkpoint.initial_load_path={bases}/llama3", "--checkpoint.initial_load_in_hf"]
-    return [*MODELS[model], f"--checkpoint.initial_load_path={bases}/{model}/checkpoint/step-0"]
 
 
 def build_row(row: Row, folder: Path, bases: Path, *more: str) -> Run:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from harness import BASE_CONFIG, Run, adapter_state, build, finish, full_state, parse, train
 from launch import main
-from parity import DDP2, FSDP2, TP2, base_options, losses_of
+from parity import DDP2, FSDP2, TP2, losses_of
 from safetensors.torch import load_file, save_file
+from tiny_models import base_options
 from trouble import another_machine, refused
 
 from lora_converter.peft import PeftAdapter, save_peft

@@ -16,13 +16,13 @@ from parity import (
     STEPS,
     TP2,
     Row,
-    base_options,
     build_row,
     losses_of,
     relative,
     row,
     whole_adapter,
 )
+from tiny_models import base_options
 
 HALF = STEPS // 2
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from harness import build, finish
 from launch import main
-from parity import DDP2, FSDP2, PP2, TP2, base_options
+from parity import DDP2, FSDP2, PP2, TP2
 from safetensors.torch import load_file, save_file
+from tiny_models import base_options
 
 from lora_converter.adapted import adapted_modules, adapter_parameters
 from lora_converter.peft import PeftAdapter, save_peft

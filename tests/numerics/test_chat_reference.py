@@ -3,8 +3,8 @@
 import itertools
 from pathlib import Path
 
-import parity  # noqa: F401  the flavor "tiny" of qwen3
 import pytest
+import tiny_models  # noqa: F401  the flavor "tiny" of qwen3
 import torch
 import torch.nn.functional as F
 from chat_job import chat_options
