@@ -60,3 +60,11 @@ def chat_options(folder: Path, *, count: int = 120, seq_len: int = 256) -> list[
         f"--chat.cache_path={folder}/cache",
         f"--training.seq_len={seq_len}",
     ]
+
+
+SMALL = ("--training.steps=2", "--training.local_batch_size=2")
+
+
+def chat_job(base: Path, folder: Path, *options: str) -> list[str]:
+    """Two short steps on the conversations in a folder."""
+    return [f"--checkpoint.initial_load_path={base}", *chat_options(folder), *SMALL, *options]

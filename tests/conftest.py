@@ -38,3 +38,13 @@ def dcp_base(hf_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config=BASE_CONFIG,
     )
     return folder / "checkpoint" / "step-1"
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of a small job on conversations."""
+    from chat_job import chat_options
+
+    folder = tmp_path_factory.mktemp("chat") / "data"
+    chat_options(folder)
+    return folder

@@ -1,63 +1,36 @@
-"""`training.dataset = "chat"` through torchtitan's trainer on one rank: what it changes, and what it refuses."""
+"""`training.dataset = "chat"` through torchtitan's trainer on one rank: what it reads, logs and changes."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from chat_job import TEMPLATE, chat_options
-from harness import BASE_CONFIG, ROOT, Run, build, finish, llama3_args, parse, train
-from safetensors.torch import load_file, save_file
+from chat_job import SMALL, TEMPLATE, chat_job, chat_options
+from harness import BASE_CONFIG, ROOT, build, finish, llama3_args, parse, train
 from torchtitan.models import llama3
 from torchtitan.protocols import train_spec
 
 from lora_converter.chat.crew import Crew
 from lora_converter.cli import main
 from lora_converter.titan.chat import ChatJob
-from lora_converter.titan.checks import check_settings
 from lora_converter.titan.phases import full_phase_config
 
 pytestmark = pytest.mark.slow
 
 OURS = "--job.custom_config_module=lora_converter.titan"
-SMALL = ("--training.steps=2", "--training.local_batch_size=2")
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat") / "data"
-    chat_options(folder)
-    return folder
-
-
-def on(base: Path, chat: Path, *options: str) -> list[str]:
-    return [f"--checkpoint.initial_load_path={base}", *chat_options(chat), *SMALL, *options]
-
-
-def refused(folder: Path, *options: str) -> str:
-    with pytest.raises(ValueError) as error:
-        build(folder, *options)
-    return str(error.value)
 
 
 def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
     chat: Path, dcp_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    run = build(tmp_path, *on(dcp_base, chat))
+    run = build(tmp_path, *chat_job(dcp_base, chat))
     metrics: list[dict] = []
-    log = run.trainer.metrics_processor.log
-
-    def keep(*args: object, extra_metrics: dict, **kwargs: object) -> None:
-        log(*args, extra_metrics=extra_metrics, **kwargs)
-
     run.trainer.metrics_processor.logger.log = lambda values, step: metrics.append(values)
-    run.trainer.metrics_processor.log = keep
     finish(run)
     line = next(r.getMessage() for r in caplog.records if r.getMessage().startswith("Chat: 120 conversations"))
     data = r"Chat: 120 conversations, [\d.]+K tokens, \d\d % trained"
@@ -71,19 +44,18 @@ def test_a_job_says_what_it_reads_and_logs_epoch_and_trained_tokens(
 
 
 def test_rows_of_one_conversation_are_padded_and_take_no_mask(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
-    run = train(tmp_path, *on(dcp_base, chat, "--chat.packing=none"))
+    run = train(tmp_path, *chat_job(dcp_base, chat, "--chat.packing=none"))
     assert run.trainer.model_args.attn_type == "sdpa"
     rows = run.trainer.dataloader.order.rows
     assert rows.per_epoch == 120 and all(len(rows.examples(k)) == 1 for k in range(120))
 
 
 def test_epochs_set_the_steps(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
-    run = build(tmp_path, *on(dcp_base, chat, "--chat.epochs=0.25"))
+    run = build(tmp_path, *chat_job(dcp_base, chat, "--chat.epochs=0.25"))
     rows = run.trainer.dataloader.order.rows.per_epoch
     assert run.trainer.job_config.training.steps == -(-rows // 8) != 2
     finish(run)
     assert len(run.losses) == -(-rows // 8)
-    run.trainer.close()
 
 
 def test_all_weights_train_on_conversations_without_adapters(chat: Path, tmp_path: Path) -> None:
@@ -100,7 +72,7 @@ def test_a_spec_of_the_users_own_takes_conversations(chat: Path, dcp_base: Path,
     spec.model_cls = Mine
     train_spec.register_train_spec("mine", spec)
     try:
-        run = train(tmp_path, *on(dcp_base, chat, "--model.name=mine", "--checkpoint.load_only"))
+        run = train(tmp_path, *chat_job(dcp_base, chat, "--model.name=mine", "--checkpoint.load_only"))
     finally:
         del train_spec._extra_train_specs["mine"]
     assert isinstance(run.trainer.model_parts[0], Mine) and len(run.losses) == 2
@@ -108,7 +80,7 @@ def test_a_spec_of_the_users_own_takes_conversations(chat: Path, dcp_base: Path,
 
 def test_the_flavor_stays_as_it_was_for_the_next_job(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
     before = dict(vars(llama3_args["tiny"]))
-    train(tmp_path / "chat", *on(dcp_base, chat))
+    train(tmp_path / "chat", *chat_job(dcp_base, chat))
     assert llama3_args["tiny"].attn_type == before["attn_type"] == "sdpa"
     text = train(tmp_path / "text", f"--checkpoint.initial_load_path={dcp_base}", "--training.steps=1")
     assert type(text.trainer.dataloader).__name__ == "ParallelAwareDataloader"
@@ -116,89 +88,44 @@ def test_the_flavor_stays_as_it_was_for_the_next_job(chat: Path, dcp_base: Path,
 
 def test_deterministic_runs_keep_attention_that_trains_on_cpu(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
     try:
-        run = train(tmp_path, *on(dcp_base, chat, "--debug.deterministic"))
+        run = train(tmp_path, *chat_job(dcp_base, chat, "--debug.deterministic"))
     finally:
         torch.use_deterministic_algorithms(False)
     assert len(run.losses) == 2
 
 
-def resumed(folder: Path, *options: str) -> Run:
-    run = build(folder, *options)
-    finish(run)
-    return run
+def test_validation_on_conversations_is_for_jobs_on_conversations(tmp_path: Path) -> None:
+    config = parse(tmp_path, "--validation.enable", "--validation.dataset=chat")
+    with pytest.raises(ValueError, match=r'is for jobs with training\.dataset = "chat"'):
+        train_spec.get_train_spec(config.model.name).build_dataloader_fn(
+            job_config=config, dp_world_size=1, dp_rank=0, tokenizer=None
+        )
 
 
-def test_epoch_end_resume_a_run_goes_on_at_the_right_row(chat: Path, dcp_base: Path, tmp_path: Path) -> None:
-    options = on(dcp_base, chat, "--training.local_batch_size=5", "--lr_scheduler.total_steps=20")
-    more = ["--checkpoint.interval=2", "--checkpoint.no-last_save_model_only"]
-    rows = build(tmp_path / "look", *options).trainer.dataloader.order.rows.per_epoch
-    steps = rows // 5 + 2
-    whole = train(tmp_path / "whole", *options, f"--training.steps={steps}")
-    train(tmp_path / "parts", *options, *more, f"--training.steps={rows // 5}")
-    second = resumed(tmp_path / "parts", *options, *more, f"--training.steps={steps}")
-    assert second.losses == whole.losses[rows // 5 :] and rows % 5
-    seen = [row for inputs, _ in whole.batches for row in inputs.tolist()][:rows]
-    assert len({tuple(row) for row in seen}) == rows  # each row once in the epoch
+def test_the_steps_of_phase_1_are_its_own_whatever_epochs_says(chat: Path, tmp_path: Path) -> None:
+    config = parse(tmp_path, "--lora.full_phase.steps=2", *chat_options(chat), "--chat.epochs=3")
+    phase = full_phase_config(config)
+    spec = train_spec.get_train_spec(phase.model.name)
+    ChatJob(phase, spec, Crew())
+    assert phase.training.steps == 2 and config.chat.epochs == 3
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ("--chat.packing=none", "packing (documents, now none)"),
-        ("--debug.seed=12", "seed (11, now 12)"),
-        ("--training.seq_len=192", "seq_len (256, now 192)"),
-        ("--chat.train_on=last", "the tokenizer, chat.template, template_args, date or train_on (digest"),
-        ("data", "the data files (digest"),
-    ],
-)
-def test_another_fingerprint_at_resume_is_an_error_that_says_which(
-    change: str, told: str, chat: Path, dcp_base: Path, tmp_path: Path
+def test_the_command_makes_the_cache_and_marks_what_is_trained(
+    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = [*on(dcp_base, chat), "--checkpoint.interval=1", "--checkpoint.no-last_save_model_only"]
-    train(tmp_path / "run", *options)
-    if change == "data":
-        other = shutil.copytree(chat, tmp_path / "other")
-        (other / "train.jsonl").write_text("".join((chat / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
-        change = f"--training.dataset_path={other}/train.jsonl"
-    run = build(tmp_path / "run", *options, change, "--training.steps=3")
-    with pytest.raises(ValueError, match=re.escape(told)) as error:
-        run.trainer.checkpointer.load()
-    run.trainer.close()
-    assert "was trained on other rows" in str(error.value)
-    anew = resumed(
-        tmp_path / "run", *options, change, "--training.steps=3", "--checkpoint.exclude_from_loading=dataloader"
+    (tmp_path / "job.toml").write_text(
+        '[job]\ncustom_config_module = "lora_converter.titan"\n[model]\nname = "llama3"\nflavor = "debugmodel"\n'
     )
-    assert len(anew.losses) == 1 and anew.trainer.dataloader.order.consumed == 2
-
-
-WRONG = {
-    "no path": (["--training.dataset_path="], "set training.dataset_path to files of conversations"),
-    "two validations": (
-        [
-            "--validation.enable",
-            "--validation.dataset=chat",
-            "--validation.dataset_path=x",
-            "--chat.validation_split=0.1",
-        ],
-        "chat.validation_split and validation.dataset_path are both set",
-    ),
-    "no validation": (
-        ["--validation.enable", "--validation.dataset=chat", "--validation.dataset_path="],
-        "set validation.dataset_path, or chat.validation_split",
-    ),
-    "validation alone": (
-        ["--training.dataset=c4_test", "--validation.enable", "--validation.dataset=chat"],
-        'is for jobs with training.dataset = "chat"',
-    ),
-    "context parallelism of another model": (
-        ["--model.name=qwen3", "--model.flavor=debugmodel", "--parallelism.context_parallel_degree=2"],
-        "has no FlexAttention for qwen3 under context parallelism",
-    ),
-    "blocks": (
-        ["--parallelism.context_parallel_degree=2", "--training.seq_len=384"],
-        "takes a multiple of 256. Set one, or chat.packing",
-    ),
-}
+    cache = [f"--chat.cache_path={tmp_path}/cache"]
+    assert main(["chat-data", f"{tmp_path}/job.toml", *chat_options(chat), *cache]) == 0
+    printed = capsys.readouterr().out
+    assert "(on one data-parallel rank: training.global_batch_size is not set)" in printed
+    assert printed.startswith("Chat: 120 conversations") and "train.jsonl:1, what is trained is marked:" in printed
+    first = json.loads((chat / "train.jsonl").read_text().splitlines()[0])["messages"]
+    for message in first:
+        marked = f"«{message['content']}<eos>»"
+        assert (f"assistant: {marked}" in printed) is (message["role"] == "assistant"), printed
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_the_day_that_a_template_writes_is_a_setting_and_another_day_is_another_cache(
@@ -237,75 +164,6 @@ def test_a_message_about_files_names_the_setting_that_they_come_from(
     message = str(error.value)
     assert message.startswith(f"{section}.dataset_path: ") and told.format(section) in message
     assert {"training": "validation.", "validation": "training."}[section] not in message
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_work_is_refused(case: str, chat: Path, tmp_path: Path) -> None:
-    options, told = WRONG[case]
-    config = parse(tmp_path, "--checkpoint.initial_load_path=", *chat_options(chat), *options)
-    spec = train_spec.get_train_spec(config.model.name)
-    with pytest.raises(ValueError, match=re.escape(told)):
-        if config.training.dataset == "c4_test":
-            spec.build_dataloader_fn(job_config=config, dp_world_size=1, dp_rank=0, tokenizer=None)
-        ChatJob(config, spec, Crew()).change(spec, validates=True)
-
-
-def test_phase_1_on_conversations_is_refused_where_the_host_clips_wrongly(chat: Path, tmp_path: Path) -> None:
-    phases = ["--lora.full_phase.steps=2", "--checkpoint.initial_load_path=", *chat_options(chat)]
-    for layout in (
-        ["pipeline_parallel_degree=2"],
-        ["data_parallel_replicate_degree=2", "data_parallel_shard_degree=1"],
-    ):
-        config = parse(tmp_path, *phases, *(f"--parallelism.{option}" for option in layout))
-        with pytest.raises(ValueError, match="clips other gradients there than on one rank"):
-            check_settings(config)
-    check_settings(parse(tmp_path, *phases))
-
-
-def test_the_steps_of_phase_1_are_its_own_whatever_epochs_says(chat: Path, tmp_path: Path) -> None:
-    config = parse(tmp_path, "--lora.full_phase.steps=2", *chat_options(chat), "--chat.epochs=3")
-    phase = full_phase_config(config)
-    spec = train_spec.get_train_spec(phase.model.name)
-    ChatJob(phase, spec, Crew())
-    assert phase.training.steps == 2 and config.chat.epochs == 3
-
-
-@pytest.mark.parametrize("broken", ["", "zero", "copies"])
-def test_an_end_token_that_the_base_never_learned_is_warned_of(
-    broken: str, chat: Path, hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    base = shutil.copytree(hf_base, tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    tokens = json.loads((chat / "tokenizer" / "tokenizer.json").read_text())["added_tokens"]
-    end = next(token["id"] for token in tokens if token["content"] == "<eos>")
-    if broken == "zero":
-        weights["lm_head.weight"][end] = 0
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    run = build(tmp_path / "run", *on(base, chat, "--checkpoint.initial_load_in_hf"))
-    run.trainer.checkpointer.load()
-    run.trainer.close()
-    told = "the base's output has untrained rows for '<eos>'" in caplog.text
-    assert told is (broken == "zero")
-
-
-def test_the_command_makes_the_cache_and_marks_what_is_trained(
-    chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "job.toml").write_text(
-        '[job]\ncustom_config_module = "lora_converter.titan"\n[model]\nname = "llama3"\nflavor = "debugmodel"\n'
-    )
-    cache = [f"--chat.cache_path={tmp_path}/cache"]
-    assert main(["chat-data", f"{tmp_path}/job.toml", *chat_options(chat), *cache]) == 0
-    printed = capsys.readouterr().out
-    assert "(on one data-parallel rank: training.global_batch_size is not set)" in printed
-    assert printed.startswith("Chat: 120 conversations") and "train.jsonl:1, what is trained is marked:" in printed
-    first = json.loads((chat / "train.jsonl").read_text().splitlines()[0])["messages"]
-    for message in first:
-        marked = f"«{message['content']}<eos>»"
-        assert (f"assistant: {marked}" in printed) is (message["role"] == "assistant"), printed
-    assert any((tmp_path / "cache").iterdir())
-    assert main(["chat-data", f"{tmp_path}/job.toml"]) == 1
-    assert 'set it to "chat"' in capsys.readouterr().err
 
 
 def test_a_start_from_the_cache_of_a_million_conversations_costs_a_small_part_of_the_imports() -> None:

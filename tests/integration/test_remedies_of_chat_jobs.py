@@ -23,13 +23,6 @@ pytestmark = pytest.mark.slow
 NO_BASE = "--checkpoint.initial_load_path="
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chat") / "data"
-    chat_options(folder)
-    return folder
-
-
 def job(folder: Path, chat: Path, *options: str, without: str = "") -> ChatJob:
     """What the trainer makes of these options before it builds the model."""
     config = parse(folder, NO_BASE, *chat_options(chat), *options)
@@ -91,12 +84,21 @@ def test_a_config_module_of_the_users_own_gets_the_section_by_deriving(chat: Pat
         assert job(tmp_path, chat, "--job.custom_config_module=my_config").data.rows.per_epoch > 1
 
 
-def test_phase_1_on_conversations_takes_another_layout_or_text(chat: Path, tmp_path: Path) -> None:
-    wrong = ["--lora.full_phase.steps=2", NO_BASE, *chat_options(chat), "--parallelism.pipeline_parallel_degree=2"]
-    with pytest.raises(ValueError, match=r"Set another layout, or lora\.full_phase\.dataset to text"):
-        check_settings(parse(tmp_path, *wrong))
-    check_settings(parse(tmp_path, *wrong, "--parallelism.pipeline_parallel_degree=1"))
-    check_settings(parse(tmp_path, *wrong, "--lora.full_phase.dataset=c4_test"))
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["--parallelism.pipeline_parallel_degree=2"],
+        ["--parallelism.data_parallel_replicate_degree=2", "--parallelism.data_parallel_shard_degree=1"],
+    ],
+    ids=["PP", "DDP"],
+)
+def test_phase_1_on_conversations_takes_another_layout_or_text(layout: list[str], chat: Path, tmp_path: Path) -> None:
+    job = ["--lora.full_phase.steps=2", NO_BASE, *chat_options(chat)]
+    told = r"clips other gradients there than on one rank.*Set another layout, or lora\.full_phase\.dataset to text"
+    with pytest.raises(ValueError, match=told):
+        check_settings(parse(tmp_path, *job, *layout))
+    check_settings(parse(tmp_path, *job))
+    check_settings(parse(tmp_path, *job, *layout, "--lora.full_phase.dataset=c4_test"))
 
 
 def test_the_command_takes_a_job_whose_dataset_is_chat(
@@ -177,4 +179,5 @@ def test_an_instruct_model_knows_the_token_that_ends_a_turn(
         run = build(tmp_path / f"run-{warned}", *options)
         run.trainer.checkpointer.load()
         run.trainer.close()
+        assert ("the base's output has untrained rows for '<eos>'" in caplog.text) is warned
         assert ("Use an instruct model" in caplog.text) is warned
