@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
-from lora_converter.chat import crew, reading, survey
 from lora_converter.chat.cache import Cache, build
 from lora_converter.chat.crew import Crew
 from lora_converter.chat.dataset import Dataset
@@ -59,21 +57,6 @@ def write_lines(path: Path, records: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
-
-
-def two_files(folder: Path) -> Path:
-    """95 conversations."""
-    write_lines(folder / "a.jsonl", conversations(60))
-    write_lines(folder / "b.jsonl", conversations(35, start=60))
-    return folder
-
-
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several parts in a file of a few thousand bytes, and looks and renewals that tests can wait for."""
-    monkeypatch.setattr(reading, "PART_BYTES", 1000)
-    monkeypatch.setattr(survey, "PARTS_PER_STRETCH", 4)
-    monkeypatch.setattr(crew, "POLL", 0.01)
-    monkeypatch.setattr(crew, "BEAT", 0.05)
 
 
 def built(data: Any, folder: Path, *, seq_len: int = 64, too_long: Any = "drop", **more: Any) -> Cache:

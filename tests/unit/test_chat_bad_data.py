@@ -13,26 +13,14 @@ from chat_words import (
     ids_of,
     in_processes,
     said,
-    small_parts,
     texts,
-    two_files,
     write_lines,
 )
 
 from lora_converter.chat.crew import Crew
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_parts(monkeypatch)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return two_files(tmp_path / "data")
-
-
 from lora_converter.chat.rows import IGNORED, Rows
+
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 def test_bad_records_are_told_once_the_first_five_with_their_lines(tmp_path: Path) -> None:

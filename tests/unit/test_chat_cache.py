@@ -16,9 +16,7 @@ from chat_words import (
     conversations,
     expected,
     said,
-    small_parts,
     texts,
-    two_files,
     write_lines,
 )
 
@@ -27,15 +25,7 @@ from lora_converter.chat import survey
 from lora_converter.chat.dataset import open_dataset
 from lora_converter.chat.parts import COLUMNS, TRAINED
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_parts(monkeypatch)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return two_files(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 def test_a_data_set_has_every_example_in_the_order_of_the_files(data: Path, tmp_path: Path) -> None:

@@ -13,21 +13,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from chat_words import Untouchable, Words, built, contents, in_processes, small_parts, two_files
+from chat_words import Untouchable, Words, built, contents, in_processes
 
 from lora_converter.chat import crew as crews
 from lora_converter.chat.crew import Crew
 from lora_converter.processes import Process
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_parts(monkeypatch)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return two_files(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
