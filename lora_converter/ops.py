@@ -3,13 +3,13 @@
 What the mathematics asks for beside the frozen linear is rank-sized work and little traffic; the composition of plain
 operations moves much more, because each result of size tokens x features is written, read again and added. Here
 
-    forward     S = s · (x Aᵀ);  y = x Wᵀ + b, and S Bᵀ accumulates onto it
-    backward    dS = s · (dy B);  dB = dyᵀ S;  dA = dSᵀ x;  dx = dy W, and dS A accumulates onto it, if x needs it
+    forward     S = s · (x Aᵀ);  y = x Wᵀ + b + S Bᵀ, one product accumulating onto the other
+    backward    dS = s · (dy B);  dB = dyᵀ S;  dA = dSᵀ x;  dx = dy W + dS A in the same way, if x needs it
     saved       x, S, A, B and W as they are: no cast, no contiguous copy, nothing of size tokens x out
 
 so that a linear of K inputs and N outputs moves 4 K + 4 N elements per token over the frozen one, where the composition
-with the scale on the output moves 6 K + 10 N. The other order, the update first and the base onto it, moves as many; on
-CPUs it is as fast in fp32 and slower in bf16, whose large product is not free to accumulate.
+with the scale on the output moves 6 K + 10 N. Which product accumulates onto which is the device's choice, as is one
+addition instead, 6 K + 6 N (`order.py`).
 
 The forward is one operator of the dispatcher, `lora_converter::linear`. Selective activation checkpointing, which
 decides about operators, thus sees one large product per linear, as without an adapter (`as_plain_product`); and what it
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lora_converter.order import sum_of_products
 
 Tensor = torch.Tensor
 
@@ -109,19 +111,14 @@ class _LowRankLinear(torch.autograd.Function):
         if wants_a:
             da = ds.t() @ _kept(x, keep)
         if wants_x:
-            dx = dy @ weight
-            if keep is None:
-                dx.addmm_(ds, a)
-            else:
-                dx.add_((ds @ a).mul_(keep))
+            dx = sum_of_products(dy, weight, ds, a, keep=keep)
         return dx, None, None, da, db, None, None
 
 
 def linear_kernel(x, weight, bias, a, b, scaling, keep):
     """The operator's implementation. x: (tokens, in_features) -> y (tokens, out_features), S (tokens, rank)."""
     s = (_kept(x, keep) @ a.t()).mul_(scaling)
-    out = F.linear(x, weight, bias)
-    return out.addmm_(s, b.t()), s
+    return sum_of_products(x, weight.t(), s, b.t(), bias=bias), s
 
 
 def as_plain_product(func: object, args: tuple) -> tuple:

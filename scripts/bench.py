@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn as nn
-from bench_block import PEERS, Block, rank_sized_products
+from bench_block import PEERS, Block, in_every_order, rank_sized_products
 
 Results = list[dict[str, Any]]
 
@@ -57,6 +57,8 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
         if options.compile:
             module.compile()
         steps[name] = _forward_backward(module, x, dy)
+    if options.orders:
+        steps |= in_every_order(steps["ours"])
     steps["products alone"] = rank_sized_products(first, tokens)
     times = paired(steps, options.rounds, device)
     ratios = {
@@ -214,12 +216,16 @@ def _parser() -> argparse.ArgumentParser:
     block.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     block.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     block.add_argument("--compile", action="store_true")
+    block.add_argument("--orders", action="store_true", help="our products in every order (lora_converter/order.py)")
+    block.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
     parser.add_argument("--options", nargs="*", default=[], help="step, memory: more options of torchtitan")
     return parser
 
 
 def main() -> None:
     options = _parser().parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     options.json = options.json and options.json.resolve()  # `step` changes the directory
     results = {"layer": layer, "step": step, "memory": memory, "checks": checks, "comm": comm}[options.part](options)
     where = f"{_device(options.device)}, torch {torch.__version__}, Python {platform.python_version()}"

@@ -3,10 +3,12 @@
 Needs torch and this package alone; PEFT is a peer where it is installed.
 """
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -14,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lora_converter import LoRAConfig, LoRALinear, apply_lora
+from lora_converter import LoRAConfig, LoRALinear, apply_lora, order
 from lora_converter.swap import subclass_with
 
 RANK, ALPHA = 16, 32
@@ -89,6 +91,16 @@ PEERS: dict[str, Callable[[Block], nn.Module]] = {
     **({"PEFT": peft} if importlib.util.find_spec("peft") else {}),
     "full": full,
 }
+
+
+def in_every_order(step: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """Order -> a step of `ours` with its products in that order, whatever the device's is."""
+
+    def forced(wanted: order.Order) -> None:
+        with mock.patch.object(order, "order_of", lambda device, dtype: wanted):
+            step()
+
+    return {wanted.value: functools.partial(forced, wanted) for wanted in order.Order}
 
 
 def rank_sized_products(block: Block, tokens: int) -> Callable[[], None]:

@@ -15,13 +15,14 @@ from launch import main
 from parity import CP2, FSDP2, OP_SAC, TP2, fill_b
 from tiny_models import base_options
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, unmerge_adapter
+from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, order, unmerge_adapter
 from lora_converter.adapted import adapted_modules
+from lora_converter.order import Order
 from lora_converter.tensor_parallel import mark_partial_gradients, sum_partial_gradients
 
 
@@ -194,31 +195,42 @@ class Mlp(nn.Module):
         return self.down(self.up(x).relu())
 
 
+def adapted_mlp() -> Mlp:
+    torch.manual_seed(0)
+    model = Mlp()
+    apply_lora(model, LoRAConfig(rank=3))
+    with torch.no_grad():
+        for param in adapter_parameters(model).values():
+            param.normal_()
+    return model
+
+
 def a_plain_model_with_biases_and_uneven_shards(folder: Path) -> Any:
     """Outputs, gradients of the input and of the adapters are those of one device, by torch's own parallel styles."""
+    for wanted in Order:
+        with mock.patch.object(order, "order_of", lambda device, dtype, wanted=wanted: wanted):
+            two_ranks_are_one(sequence_parallel=False)
+            two_ranks_are_one(sequence_parallel=True)
 
-    def adapted() -> Mlp:
-        torch.manual_seed(0)
-        model = Mlp()
-        apply_lora(model, LoRAConfig(rank=3))
-        with torch.no_grad():
-            for param in adapter_parameters(model).values():
-                param.normal_()
-        return model
 
-    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    one, two = adapted(), adapted()
-    plan = {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
-    parallelize_module(two, init_device_mesh("cpu", (2,)), plan)
+def two_ranks_are_one(*, sequence_parallel: bool) -> None:
+    x = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
+    between = Shard(0) if sequence_parallel else Replicate()
+    plan = {
+        "up": ColwiseParallel(input_layouts=between, use_local_output=False),
+        "down": RowwiseParallel(output_layouts=between, use_local_output=False),
+    }
+    one, two, mesh = adapted_mlp(), adapted_mlp(), init_device_mesh("cpu", (2,))
+    parallelize_module(two, mesh, plan)
     mark_partial_gradients(two)
     results = []
-    for model in (one, two):
-        inputs = x.clone().requires_grad_()
+    for model, inputs in ((one, x.clone()), (two, distribute_tensor(x, mesh, [between]))):
+        inputs.requires_grad_()
         out = model(inputs)
         out.square().sum().backward()
         sums = sum_partial_gradients(model.parameters())
         grads = [param.grad for param in adapter_parameters(model).values()]
-        results.append([out, inputs.grad, *(g.full_tensor() if isinstance(g, DTensor) else g for g in grads)])
+        results.append([g.full_tensor() if isinstance(g, DTensor) else g for g in (out, inputs.grad, *grads)])
     assert sums == 1
     # fp32, sums of at most 7 terms in another order.
     for value, expected in zip(results[1], results[0], strict=True):
@@ -234,7 +246,7 @@ CHECKS = {
     "merging on sharded weights": merging_keeps_the_output_and_unmerging_gives_the_base_back,
     "dropout masks are shared by tensor-parallel ranks alone": dropout_masks_are_shared_by_tensor_parallel_ranks_alone,
     "selective AC keeps what full fine-tuning keeps": selective_ac_keeps_what_full_fine_tuning_keeps,
-    "biases and uneven shards under TP": a_plain_model_with_biases_and_uneven_shards,
+    "biases and uneven shards under TP and SP, in every order": a_plain_model_with_biases_and_uneven_shards,
 }
 
 if __name__ == "__main__":

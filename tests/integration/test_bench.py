@@ -24,7 +24,9 @@ def bench(*options: str, folder: Path, path: str = "") -> dict[str, Any]:
 def test_layer_compares_all_peers_and_draws_them_without_torchtitan(tmp_path: Path) -> None:
     (tmp_path / "torchtitan.py").write_text("raise ImportError('torchtitan is not installed')\n")
     options = ["--widths=64", "--tokens=32", "--dtypes=bfloat16", "--rounds=2", f"--picture={tmp_path}/layer.png"]
+    options += ["--orders", "--threads=1"]
     found = bench("layer", *options, folder=tmp_path, path=str(tmp_path))
+    assert {"update first", "base first", "added"} <= found.keys()
     assert {"frozen", "ours", "scale on output", "PEFT", "full", "ours/full", "overhead ours/PEFT"} <= found.keys()
     assert found["frozen"] == 1.0 and (tmp_path / "layer.png").stat().st_size > 1000
 

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from lora_converter import LoRAConfig, apply_lora
+from lora_converter import LoRAConfig, apply_lora, order
 from lora_converter.ops import as_plain_product, linear_kernel, low_rank_linear
+from lora_converter.order import Order, order_of
 
 SHAPE, IN, OUT, RANK, SCALING = (3, 20), 48, 80, 4, 2.0
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Operands = dict[str, torch.Tensor]
 
 
@@ -72,17 +74,41 @@ def in_fp64(operands: Operands) -> Operands:
     }
 
 
+@pytest.fixture(params=Order, ids=lambda order: order.value)
+def taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Order:
+    """Each order of the products in turn, whatever this device's is."""
+    monkeypatch.setattr(order, "order_of", lambda device, dtype: request.param)
+    return request.param
+
+
+in_every_order = pytest.mark.usefixtures("taken")
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_each_device_and_dtype_has_its_order(instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(order, "_accumulates_well", order._accumulates_well.__wrapped__)  # without its memory
+    found = {(d, t): order_of(torch.device(d), t) for d in ("cuda", "cpu", "xpu") for t in DTYPES}
+    on_cpu = [Order.BASE_FIRST, Order.BASE_FIRST if instructions else Order.ADDED, Order.ADDED]
+    assert [found["cpu", dtype] for dtype in DTYPES] == on_cpu
+    assert {found["cuda", dtype] for dtype in DTYPES} == {Order.UPDATE_FIRST}
+    assert {found["xpu", dtype] for dtype in DTYPES} == {Order.BASE_FIRST}
+
+
+@in_every_order
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.float64, 1e-15)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout", [False, True])
-def test_fp32_is_the_formula_to_1e_6(bias: bool, dropout: bool) -> None:
-    given = operands(bias=bias)
+def test_it_is_the_formula_but_for_rounding(bias: bool, dropout: bool, dtype: torch.dtype, bound: float) -> None:
+    given = operands(dtype, bias=bias)
     if dropout:
         given["keep"] = torch.rand(*SHAPE, IN, generator=torch.Generator().manual_seed(2)) > 0.3
     exact = output_and_gradients(formula, in_fp64(given))
     for actual, expected in zip(output_and_gradients(ours, given), exact, strict=True):
-        assert error(actual, expected) < 1e-6
+        assert error(actual, expected) < bound
 
 
+@in_every_order
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_no_worse_than_pefts(dtype: torch.dtype) -> None:
     given = operands(dtype)
@@ -108,6 +134,7 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(0, 1)
 
 
+@in_every_order
 @pytest.mark.parametrize(
     "change", [transposed, lambda x: x[:, ::2], lambda x: x[0], lambda x: x[0, 0], lambda x: x[None]]
 )
@@ -121,6 +148,7 @@ def test_any_number_of_dims_and_any_strides(change: Callable[[torch.Tensor], tor
         torch.testing.assert_close(actual, expected)
 
 
+@in_every_order
 def test_no_tokens_give_zero_gradients() -> None:
     given = operands()
     given["x"] = torch.empty(0, IN, requires_grad=True)
@@ -138,6 +166,7 @@ def test_meta_and_fake_tensors_have_the_shapes() -> None:
         assert low_rank_linear(x, weight, None, a.requires_grad_(), b, scaling=1.0).shape == (2, 3, 6)
 
 
+@in_every_order
 def test_the_result_may_be_written_to() -> None:
     """As that of nn.Linear, which is no view either: a residual added in place."""
     given = operands()
@@ -146,6 +175,7 @@ def test_the_result_may_be_written_to() -> None:
     assert given["a"].grad is not None
 
 
+@in_every_order
 def test_an_input_used_twice_and_factors_used_twice() -> None:
     given = operands()
 
@@ -158,6 +188,7 @@ def test_an_input_used_twice_and_factors_used_twice() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)  # sums of thousands of numbers around 100
 
 
+@in_every_order
 def test_only_what_is_asked_for_is_computed() -> None:
     given = operands()
     given.update(x=given["x"].detach(), a=given["a"].detach())
@@ -201,12 +232,16 @@ class Products(TorchDispatchMode):
 TOKENS, BIG_IN, BIG_OUT = 256, 128, 192
 
 
-def moved_over_frozen(function: Callable[..., torch.Tensor]) -> tuple[float, list[str]]:
+def moved_over_frozen(function: Callable[..., torch.Tensor], *, bias: bool = False) -> tuple[float, list[str]]:
     """Elements moved in forward + backward over the frozen linear's, and elementwise kernels of activations' size."""
     x, dy = torch.randn(TOKENS, BIG_IN, requires_grad=True), torch.randn(TOKENS, BIG_OUT)
     weight, a, b = torch.randn(BIG_OUT, BIG_IN), torch.randn(RANK, BIG_IN), torch.randn(BIG_OUT, RANK)
+    shift = torch.randn(BIG_OUT) if bias else None
     counts = []
-    for run, leaves in ((lambda: F.linear(x, weight), [x]), (lambda: function(x, weight, a, b), [x, a, b])):
+    for run, leaves in (
+        (lambda: F.linear(x, weight, shift), [x]),
+        (lambda: function(x, weight, a, b, shift), [x, a, b]),
+    ):
         for leaf in leaves:
             leaf.requires_grad_()
         with Products(TOKENS * min(BIG_IN, BIG_OUT)) as products:
@@ -215,18 +250,36 @@ def moved_over_frozen(function: Callable[..., torch.Tensor]) -> tuple[float, lis
     return counts[1].moved - counts[0].moved, counts[1].elementwise
 
 
-def test_it_moves_4_in_and_4_out_per_token_over_the_frozen_linear() -> None:
-    """Rank-sized: S and dS written, scaled (read, written) and read twice; A and B read twice; dA and dB written."""
-    rank_sized = RANK * (2 * 5 * TOKENS + 3 * (BIG_IN + BIG_OUT))
-    moved, elementwise = moved_over_frozen(ours)
-    assert moved == 4 * TOKENS * BIG_IN + 4 * TOKENS * BIG_OUT + rank_sized
-    assert elementwise == []
+RANK_SIZED = RANK * (2 * 5 * TOKENS + 3 * (BIG_IN + BIG_OUT))
+"""S and dS written, scaled (read, written) and read twice; A and B read twice; dA and dB written."""
+
+MOVED = {Order.UPDATE_FIRST: (4, 4, []), Order.BASE_FIRST: (4, 4, []), Order.ADDED: (6, 6, ["add_", "add_"])}
+MOVED_WITH_DROPOUT = {
+    # x ∘ keep in forward and backward: 3 in each. (dS A) ∘ keep: 3, and that it is in memory of its own: 2.
+    Order.UPDATE_FIRST: (4 + 6 + 3, 4, ["mul", "mul", "mul_"]),
+    Order.BASE_FIRST: (4 + 6 + 3 + 2, 4, ["mul", "mul", "mul_", "add_"]),
+    Order.ADDED: (6 + 6 + 3, 6, ["mul", "add_", "mul", "mul_", "add_"]),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_per_token_it_moves_what_the_order_promises_over_the_frozen_linear(taken: Order, bias: bool) -> None:
+    of_inputs, of_outputs, elementwise = MOVED[taken]
+    expected = TOKENS * (of_inputs * BIG_IN + of_outputs * BIG_OUT) + RANK_SIZED
+    assert moved_over_frozen(ours, bias=bias) == (expected, elementwise)
+
+
+def test_with_dropout_it_moves_the_mask_and_the_masked_besides(taken: Order) -> None:
+    keep = torch.rand(TOKENS, BIG_IN) > 0.3
+    of_inputs, of_outputs, elementwise = MOVED_WITH_DROPOUT[taken]
+    expected = TOKENS * (of_inputs * BIG_IN + of_outputs * BIG_OUT) + RANK_SIZED
+    assert moved_over_frozen(lambda *tensors: ours(*tensors, keep=keep)) == (expected, elementwise)
 
 
 def test_the_counter_sees_what_the_scale_on_the_output_moves() -> None:
-    """facts.md's 6 in and 10 out: so the bound above is one that an implementation can miss."""
+    """6 in and 10 out: so the bound above is one that an implementation can miss."""
     moved, elementwise = moved_over_frozen(
-        lambda x, weight, a, b: F.linear(x, weight) + SCALING * F.linear(F.linear(x, a), b)
+        lambda x, weight, a, b, bias: F.linear(x, weight, bias) + SCALING * F.linear(F.linear(x, a), b)
     )
     assert moved >= 6 * TOKENS * BIG_IN + 10 * TOKENS * BIG_OUT
     assert {"mul", "add"} <= set(elementwise)
@@ -262,6 +315,7 @@ def saved_elements(module: nn.Module) -> int:
     return sum(storages.values())
 
 
+@in_every_order
 def test_saved_beyond_the_frozen_model_are_x_once_per_group_and_s_per_linear() -> None:
     frozen = saved_elements(Siblings().requires_grad_(False))
     adapted = Siblings()
@@ -269,6 +323,20 @@ def test_saved_beyond_the_frozen_model_are_x_once_per_group_and_s_per_linear() -
     assert saved_elements(adapted) - frozen == 2 * (64 * 32) + 4 * (64 * RANK)
 
 
+@in_every_order
+@pytest.mark.parametrize("bias", [False, True])
+def test_five_tensors_are_saved_none_of_them_a_copy_of_another_dtype(bias: bool) -> None:
+    given, saved = operands(torch.bfloat16, bias=bias), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        ours(**given)
+    places = {given[name].untyped_storage().data_ptr() for name in ("x", "weight", "a", "b")}
+    assert len(saved) == 5 and places < {tensor.untyped_storage().data_ptr() for tensor in saved}
+    tokens = SHAPE[0] * SHAPE[1]
+    bytes_saved = sum(tensor.untyped_storage().nbytes() for tensor in saved)
+    assert bytes_saved == 2 * (tokens * (IN + RANK) + OUT * IN + RANK * (IN + OUT))
+
+
+@in_every_order
 def test_dropout_keeps_a_mask_of_a_byte_and_no_dropped_copy() -> None:
     model = nn.Sequential(nn.Linear(32, 32, bias=False))
     apply_lora(model, LoRAConfig(rank=RANK, dropout=0.5))
@@ -285,6 +353,7 @@ def test_dropout_keeps_a_mask_of_a_byte_and_no_dropped_copy() -> None:
     assert sizes == {torch.bool: 64 * 32, torch.float32: 64 * 32 + 64 * RANK + factors}
 
 
+@in_every_order
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("selective", [False, True])
 def test_gradients_under_activation_checkpointing_are_those_without(selective: bool, dropout: float) -> None:
