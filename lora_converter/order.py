@@ -13,7 +13,7 @@ passes: it scales the update in one of its own, and then adds.
 Measured, as the time of a block over the frozen one's (docs/performance.md): bf16 on an H100, update first 1.19, base
 first 1.25; bf16 on an AMD EPYC with bf16 instructions, base first 1.10, added 1.13, PEFT 1.14; bf16 on an Intel Xeon
 without, base first 1.12, PEFT 1.10. Not measured: other dtypes on GPUs, AMD's GPUs (`cuda` too), CPUs with AMX or of
-another kind than x86. `scripts/bench.py layer --orders` on such a device would tell.
+another kind than x86, and "added" on that Xeon. `scripts/bench.py layer --orders` on such a device would tell.
 """
 
 import functools
