@@ -35,12 +35,21 @@ class RunConfig(LoRAConfig):
     step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
     """
 
+    loss_chunk_tokens: int = -1
+    """
+    The loss takes a frozen output head this many tokens at a time, and logits of all tokens never exist. -1 chooses by
+    the vocabulary, 0 is the host's own loss.
+    """
+
     def __post_init__(self) -> None:
         if not isinstance(self.initial_adapter_path, str):
             raise ValueError(f"lora.initial_adapter_path = {self.initial_adapter_path!r}: must be a string.")
         for name in ("accept_other_base", "save_merged"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
+        chunk = self.loss_chunk_tokens
+        if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < -1:
+            raise ValueError(f"lora.loss_chunk_tokens = {chunk!r}: must be a number of tokens, 0 or -1.")
         super().__post_init__()
 
 

@@ -15,6 +15,7 @@ from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
 
 from lora_converter.tensors import full_tensor
+from lora_converter.titan.head import without_logits
 
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
@@ -56,11 +57,12 @@ class ChatValidator(Validator):
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, trained tokens
         for model in model_parts:
             model.eval()
-        for inputs, labels in self._batches():
-            self._metrics.ntokens_since_last_log += labels.numel()
-            moved = {name: value.to(device) for name, value in inputs.items()}
-            loss, trained = self._loss(model_parts, moved, labels.to(device))
-            sums += torch.stack([full_tensor(loss).to(sums), trained.to(sums)])
+        with without_logits(model_parts):
+            for inputs, labels in self._batches():
+                self._metrics.ntokens_since_last_log += labels.numel()
+                moved = {name: value.to(device) for name, value in inputs.items()}
+                loss, trained = self._loss(model_parts, moved, labels.to(device))
+                sums += torch.stack([full_tensor(loss).to(sums), trained.to(sums)])
         for model in model_parts:
             model.train()
         if self.parallel_dims.dp_cp_enabled:

@@ -12,6 +12,7 @@ from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.run.description import LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from lora_converter.run.job import Job
+from lora_converter.titan.head import skip_logits
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.models import for_names
 from lora_converter.titan.optimizer import divide_pipeline_gradients
@@ -52,6 +53,7 @@ class TitanHost:
         Args:
             not_spent: FLOPs per token that torchtitan counts too many.
         """
+        skip_logits(self.trainer)
         divide_pipeline_gradients(self.trainer)
         change_trainer(self.trainer, "metrics_processor.num_flops_per_token", lambda flops: flops - not_spent)
         if self.trainer.job_config.lora.full_phase.steps > 0:

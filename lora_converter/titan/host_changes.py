@@ -102,6 +102,12 @@ CHANGES = (
         "torchtitan's policy can be told of operators that are products",
     ),
     Change(
+        "torchtitan.components.validate:Validator.validate",
+        "head:validate_without_logits",
+        "takes logits where a frozen head's loss needs none",
+        "the host's loss takes hidden states and the head",
+    ),
+    Change(
         "torchtitan.tools.utils:get_peak_flops",
         "cpu:unknown_peak_flops",
         "falls back to an A100's",
@@ -215,6 +221,14 @@ TRAINER_CHANGES = (
         "counts 6 FLOPs per parameter, frozen or not",
         "get_nparams_and_flops looks at requires_grad",
     ),
+    Change(
+        "loss_fn",
+        "head:skip_logits",
+        "is handed logits, [tokens, vocabulary], that a frozen head's loss does not need",
+        "the host's loss takes hidden states and the head",
+    ),
+    Change("pp_schedule._loss_fn", "head:skip_logits", "the same", "the same"),
+    Change("forward_backward_step", "head:skip_logits", "the same", "the same"),
     Change(
         "forward_backward_step",
         "optimizer:divide_pipeline_gradients",

@@ -96,6 +96,26 @@ def only_adapter_gradients_are_reduced(folder: Path) -> Any:
     return {"reduced": reduced, "without adapters": without.elements("_reduce_scatter_base_")}
 
 
+def a_loss_in_chunks_gathers_the_head_once(folder: Path) -> Any:
+    """FSDP2 gathers as for a loss over logits; tensor parallelism reduces twice a chunk."""
+    tokens = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
+    base, always = base_options("llama3", folder.parent.parent), "--parallelism.fsdp_reshard_after_forward=always"
+    found = {}
+    for name, layout in (("FSDP2", FSDP2), ("FSDP2, always", [*FSDP2, always]), ("TP2", TP2)):
+        counts = []
+        for chunk in (24, 0):
+            option = f"--lora.loss_chunk_tokens={chunk}"
+            with trainer(folder / f"{name} {chunk}", *base, *layout, option) as run, Collectives() as seen:
+                run.trainer.forward_backward_step(
+                    input_dict={"input": tokens}, labels=tokens, global_valid_tokens=torch.tensor(256.0)
+                )
+            counts.append(seen.counts)
+        found[name] = [dict(counts[0] - counts[1]), dict(counts[1] - counts[0])]
+    assert found["FSDP2"] == found["FSDP2, always"] == [{}, {}], found
+    chunks = 11  # of 256 tokens; what torchtitan's loss reduces inside DTensor is not seen here
+    assert found["TP2"] == [{("allreduce_", 0): 2 * chunks}, {}], found
+
+
 def frozen_weights_are_stored_in_the_compute_dtype(folder: Path) -> Any:
     """bf16 under FSDP2: half the bytes, and the base's own output bit for bit."""
     options = [*base_options("llama3", folder.parent.parent), *FSDP2, "--training.mixed_precision_param=bfloat16"]
@@ -242,6 +262,7 @@ CHECKS = {
     "llama3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "llama3"),
     "qwen3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "qwen3"),
     "FSDP2 reduces the adapters' gradients alone": only_adapter_gradients_are_reduced,
+    "a loss in chunks gathers the head once": a_loss_in_chunks_gathers_the_head_once,
     "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,
     "merging on sharded weights": merging_keeps_the_output_and_unmerging_gives_the_base_back,
     "dropout masks are shared by tensor-parallel ranks alone": dropout_masks_are_shared_by_tensor_parallel_ranks_alone,

@@ -19,6 +19,6 @@ def bases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         seed.trainer.close()
     asked = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     of_one_rank = {ALL_ROWS[name].one_rank for name in asked if name in ALL_ROWS}
-    for row in of_one_rank | {Row(1)}:
+    for row in of_one_rank | {Row(1).one_rank}:
         torch.save(train_row(row, folder / f"run-{row.key}", folder), folder / f"{row.key}.pt")
     return folder

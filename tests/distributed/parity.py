@@ -35,6 +35,7 @@ COMPILE = ["--compile.enable", "--compile.components=model"]
 FULL_AC = ["--activation_checkpoint.mode=full"]
 OP_SAC = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op"]
 LAYER_SAC = ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=2"]
+OVER_LOGITS = ("--lora.loss_chunk_tokens=0",)
 VALIDATION = ["--validation.enable", "--validation.freq=3", "--validation.steps=2", "--validation.seq_len=64",
               "--validation.dataset=c4_test", f"--validation.dataset_path={ROOT}/tests/assets/c4_test"]  # fmt: skip
 
@@ -64,7 +65,8 @@ class Row:
 
     @property
     def one_rank(self) -> "Row":
-        return Row(1, model=self.model, job=self.job)
+        """With torchtitan's own loss."""
+        return Row(1, OVER_LOGITS, model=self.model, job=self.job)
 
     @property
     def key(self) -> str:
@@ -113,6 +115,14 @@ VARIANTS = {
     "accumulation, DDP2": row(2, DDP2, microbatches=2),
     "full AC, TP2": row(2, TP2, FULL_AC),
     "selective AC by op, TP2": row(2, TP2, OP_SAC),
+    "loss over logits, FSDP2": row(2, FSDP2, [*OVER_LOGITS]),
+    "loss over logits, TP2": row(2, TP2, [*OVER_LOGITS]),
+    "loss over logits, PP2": row(2, PP2, [*OVER_LOGITS]),
+    "loss over logits, CP2": row(2, CP2, [*OVER_LOGITS]),
+    "loss over logits, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, [*OVER_LOGITS]),
+    "loss that is not parallel, TP2": row(2, TP2, ["--parallelism.disable_loss_parallel"]),
+    "always reshard, FSDP2": row(2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
+    "always reshard, TP2 x FSDP2": row(4, TP2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
     "dropout, TP2": row(2, TP2, job=DROPOUT),
     "dropout and full AC, TP2": row(2, TP2, FULL_AC, job=DROPOUT),
     "selective AC by layer, FSDP2": row(2, FSDP2, LAYER_SAC),
@@ -150,6 +160,7 @@ def build_row(row: Row, folder: Path, bases: Path, *more: str) -> Run:
         "--optimizer.eps=1e-5",
         "--training.max_norm=0.5",
         "--checkpoint.interval=5",
+        "--lora.loss_chunk_tokens=24",
         *row.job,
         *row.layout,
         *more,
