@@ -1,7 +1,7 @@
 """What torchtitan 0.2.2 needs to run on CPU ranks (gloo), for CI and for laptops.
 
 Released torchtitan assumes an accelerator. `prepare` chooses CPU ranks where there is none, before torchtitan is
-imported; the other functions make the values of rows of `host_changes.py`, which say why, so that the same TOML files
+imported; the other functions make the values of rows of `cpu_changes.py`, which say why, so that the same TOML files
 train: FSDP2, HSDP, DDP, TP, PP, CP, compile, document masks (FlexAttention, uncompiled) and the debug MoE models.
 """
 

@@ -1,6 +1,6 @@
 """Attention on CPU ranks: sharding rules and the ring of context parallelism for its kernel, FlexAttention uncompiled.
 
-The functions make the values of rows of `host_changes.py`, which say why.
+The functions make the values of rows of `cpu_changes.py`, which say why.
 """
 
 import functools

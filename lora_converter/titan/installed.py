@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from lora_converter.titan import cpu
-from lora_converter.titan.host_changes import CHANGES, TRAINER_CHANGES, Change
+from lora_converter.titan.change import Change
+from lora_converter.titan.cpu_changes import CPU_CHANGES
+from lora_converter.titan.host_changes import CHANGES, TRAINER_CHANGES
 
 _MISSING = object()
 
@@ -39,15 +41,13 @@ class Installed:
         self._undo: list[tuple[Any, str, Any]] = []
 
     def apply(self, changes: tuple[Change, ...]) -> None:
-        """Makes the changes that are for this machine."""
-        cpu_ranks = cpu.is_chosen()
+        """Makes the changes."""
         try:
             for change in changes:
-                if cpu_ranks or not change.only_on_cpu:
-                    owner, name = change.owner()
-                    before = vars(owner).get(name, _MISSING)
-                    setattr(owner, name, change.new_value(getattr(owner, name)))
-                    self._undo.append((owner, name, before))
+                owner, name = change.owner()
+                before = vars(owner).get(name, _MISSING)
+                setattr(owner, name, change.new_value(getattr(owner, name)))
+                self._undo.append((owner, name, before))
         except BaseException:
             self.undo()
             raise
@@ -86,6 +86,6 @@ def install() -> Installed:
         if "torchtitan.tools.utils" not in sys.modules:
             cpu.prepare()
         installed = Installed()
-        installed.apply(CHANGES)
+        installed.apply((*CHANGES, *CPU_CHANGES) if cpu.is_chosen() else CHANGES)
         _installed = installed
     return _installed

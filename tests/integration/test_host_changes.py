@@ -9,11 +9,14 @@ import torch
 from harness import ROOT, build, install, parse, start_process_group
 from torchtitan.components.checkpoint import CheckpointManager
 
-from lora_converter.titan import host_changes, installed
+from lora_converter.titan import cpu, installed
+from lora_converter.titan.change import Change
 from lora_converter.titan.checkpoint import LoRACheckpointManager
-from lora_converter.titan.host_changes import BEFORE_IMPORT, CHANGES, TRAINER_CHANGES
+from lora_converter.titan.cpu_changes import BEFORE_IMPORT, CPU_CHANGES
+from lora_converter.titan.host_changes import CHANGES, TRAINER_CHANGES
 
 MISSING = object()
+MADE = (*CHANGES, *CPU_CHANGES) if cpu.is_chosen() else CHANGES
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +27,7 @@ def _installed_afterwards() -> Any:
 
 def values() -> list[Any]:
     """What every attribute that the table names is now; of dicts a copy, since what is in them counts."""
-    found = [vars(owner).get(name, MISSING) for owner, name in (change.owner() for change in CHANGES)]
+    found = [vars(owner).get(name, MISSING) for owner, name in (change.owner() for change in MADE)]
     return [dict(value) if isinstance(value, dict) else value for value in found]
 
 
@@ -53,17 +56,17 @@ def test_the_end_of_a_with_block_undoes_it_also_after_an_error() -> None:
 def test_a_row_that_fails_leaves_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     install().undo()
     before = values()
-    broken = host_changes.Change("torch:no_such_attribute", "cpu:histc_of_integers", "", "")
+    broken = Change("torch:no_such_attribute", "cpu:histc_of_integers", "", "")
     monkeypatch.setattr(installed, "CHANGES", (*CHANGES, broken))
     with pytest.raises(AttributeError, match="no_such_attribute"):
         install()
     assert values() == before
 
 
-def test_every_row_says_why_and_until_when_and_no_attribute_has_two() -> None:
-    rows = (*BEFORE_IMPORT, *CHANGES, *TRAINER_CHANGES)
+def test_every_row_says_why_and_until_when_and_none_stands_twice() -> None:
+    rows = (*BEFORE_IMPORT, *CHANGES, *CPU_CHANGES, *TRAINER_CHANGES)
     assert all(change.reason and change.until and change.make for change in rows)
-    assert len({change.target for change in rows}) == len(rows)
+    assert len({(change.target, change.make) for change in rows}) == len(rows)
 
 
 def test_a_changed_host_still_takes_integers_and_floats_for_a_histogram() -> None:
@@ -119,7 +122,7 @@ def test_reading_installs_nothing_and_building_a_job_config_does() -> None:
 
 @pytest.mark.parametrize("method", ["ALL_TO_ALL", "ALL_GATHER"])
 def test_the_ring_of_context_parallelism_computes_nothing_beside_an_exchange_over_gloo(method: str) -> None:
-    """Together they corrupt the heap; the crash itself takes thousands of rings (the row of `host_changes.py`)."""
+    """Together they corrupt the heap; the crash itself takes thousands of rings (the row of `cpu_changes.py`)."""
     from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
     install()

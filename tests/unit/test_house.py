@@ -12,7 +12,21 @@ PACKAGE = ROOT / "lora_converter"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"config", "figures", "files", "fit", "names", "ops", "order", "processes", "ranks", "swap", "targets", "tensors"},
+    {
+        "config",
+        "figures",
+        "files",
+        "fit",
+        "frozen_head",
+        "names",
+        "ops",
+        "order",
+        "processes",
+        "ranks",
+        "swap",
+        "targets",
+        "tensors",
+    },
     {"adapted", "chat", "shared"},
     {"tensor_parallel"},
     {"linear"},
