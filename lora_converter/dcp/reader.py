@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlanner, StorageReader
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
@@ -109,13 +109,24 @@ def load(state_dict: dict[str, Any], path: str | Path, metadata: Metadata, *, no
     Raises:
         ValueError: What is read is damaged, or could run code.
     """
+    read(state_dict, path, SafeReader(path, metadata), SafePlanner(), no_dist=no_dist)
+
+
+def read(
+    state_dict: dict[str, Any], path: str | Path, reader: StorageReader, planner: LoadPlanner, *, no_dist: bool = False
+) -> None:
+    """`load` with another reader of the folder, for those that are not DCP's.
+
+    Raises:
+        ValueError: Something cannot be read.
+    """
     alone = no_dist or not dist.is_initialized()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "torch.distributed is disabled", UserWarning
             )  # which is what was asked for
-            dcp.load(state_dict, storage_reader=SafeReader(path, metadata), planner=SafePlanner(), no_dist=alone)
+            dcp.load(state_dict, storage_reader=reader, planner=planner, no_dist=alone)
     except (CheckpointException, Exception) as e:  # the first is a BaseException
         failures = getattr(e, "failures", None)
         reasons = {str(error) for error, _ in failures.values()} if failures else {str(e) or repr(e)}

@@ -1,15 +1,16 @@
-"""The model's linears in Hugging Face's names and row orders, asked of the model's own StateDictAdapter.
+"""The model's weights in Hugging Face's names and orders, asked of the model's own StateDictAdapter.
 
-No table per model: `to_hf` is given index tensors instead of weights, once with each row's number in it and once with
-each column's. What comes back says under which names a weight is stored and which of its rows and columns stand where
-(Llama's q and k rows are reordered for RoPE). One weight is asked at a time, in the smallest integer type that can
-count its rows, and its answer is freed before the next.
+No table per model: `to_hf` is given index tensors instead of weights, once for each dim, with each row's number in it,
+then each column's. What comes back says under which names a weight is stored and which of its rows and columns stand
+where (Llama's q and k rows are reordered for RoPE, stacked experts are taken apart). One weight is asked at a time, and
+no index tensor takes more memory than the dim that it counts through.
 """
 
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class StateDictAdapter(Protocol):
@@ -25,6 +26,51 @@ class StateDictAdapter(Protocol):
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
         """DCP's reader of the Hugging Face folder at `path`."""
+
+
+@dataclass(frozen=True)
+class HFPart:
+    """A Hugging Face weight V that holds all or a block of a tensor T of the host.
+
+    V's dim `dims[d]` has at i what T's dim d has at `indices[d][i]`, or at i, where `indices[d]` is None. Where
+    `dims[d]` is None, all of V stands at the one index `indices[d][0]`, as an expert's matrix in (experts, out, in).
+    """
+
+    name: str
+    """Of the weight, e.g. `model.layers.0.self_attn.q_proj.weight`."""
+
+    shape: tuple[int, ...]
+    """V's."""
+
+    dims: tuple[int | None, ...]
+    indices: tuple[torch.Tensor | None, ...]
+
+
+def hf_parts(adapter: StateDictAdapter, key: str, shape: tuple[int, ...]) -> list[HFPart]:
+    """Where a tensor of the host stands in Hugging Face's model; several parts if it is split.
+
+    Raises:
+        ValueError: The adapter cannot express the tensor by itself, or does so by more than splitting it along one dim,
+            reordering what is along a dim, and reordering dims.
+    """
+    every = [_count(size) for size in shape]
+    probes = [_along(numbers, dim, shape) for dim, numbers in enumerate(every)]
+    answers = [_convert(adapter, key, probes[0])]
+    names = list(answers[0])
+    if len(names) == 1 and answers[0][names[0]] is probes[0]:  # renamed, and otherwise passed through
+        return [HFPart(names[0], shape, tuple(range(len(shape))), (None,) * len(shape))]
+    answers += [_convert(adapter, key, probe) for probe in probes[1:]]
+    parts = []
+    for name in names:
+        lines = [line for answer in answers if (line := _line(answer[name])) is not None]
+        dims, there = tuple(dim for dim, _ in lines), tuple(answers[0][name].shape)
+        if len(lines) < len(shape) or any(size > 1 and dim not in dims for dim, size in enumerate(there)):
+            raise ValueError(_mixes(adapter, key, name))
+        pairs = zip((numbers for _, numbers in lines), every, strict=True)
+        parts.append(HFPart(name, there, dims, tuple(None if torch.equal(n, e) else n for n, e in pairs)))
+    if not _covers(parts, every):
+        raise ValueError(f"{key}: {type(adapter).__name__} does not store each of its {shape[0]} rows once.")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -51,24 +97,15 @@ def hf_linears(adapter: StateDictAdapter, fqn: str, *, out_features: int, in_fea
         ValueError: The adapter cannot express the weight, or does so by more than reordering and splitting rows and
             reordering columns.
     """
-    key = f"{fqn}.weight"
-    all_rows, all_columns = _count(out_features), _count(in_features)
-    rows = _ask(adapter, key, all_rows[:, None].expand(out_features, in_features))
-    if rows is None:  # renamed, and otherwise passed through
-        return [HFLinear(hf_name(adapter, fqn, out_features=out_features, in_features=in_features), None, None)]
-    columns = _ask(adapter, key, all_columns[None, :].expand(out_features, in_features))
-    assert columns is not None
+    key, shape = f"{fqn}.weight", (out_features, in_features)
+    hf_names(adapter, fqn, out_features=out_features, in_features=in_features)  # which refuses what is no linear there
     linears = []
-    for name, numbers in rows.items():
-        row, column = numbers[:, 0].clone(), columns[name][0].clone()
-        moved_whole = torch.equal(numbers, row[:, None].expand_as(numbers))
-        if not moved_whole or not torch.equal(columns[name], column[None, :].expand_as(columns[name])):
-            raise ValueError(f"{key}: {type(adapter).__name__} mixes rows and columns in {name}; no adapter fits that.")
-        module = name.removesuffix(".weight")
-        linears.append(HFLinear(module, _unless_equal(row, all_rows), _unless_equal(column, all_columns)))
-    covered = torch.cat([all_rows.long() if linear.rows is None else linear.rows for linear in linears])
-    if not torch.equal(covered.sort().values, all_rows.long()):
-        raise ValueError(f"{key}: {type(adapter).__name__} does not store each of its {out_features} rows once.")
+    for part in hf_parts(adapter, key, shape):
+        rows, columns = (None if indices is None else indices.long() for indices in part.indices)
+        held = (out_features if rows is None else len(rows), in_features if columns is None else len(columns))
+        if part.dims[0] == 1 or part.dims[1] == 0 or part.shape != held:
+            raise ValueError(_mixes(adapter, key, part.name))
+        linears.append(HFLinear(part.name.removesuffix(".weight"), rows, columns))
     return linears
 
 
@@ -90,31 +127,83 @@ def hf_names(adapter: StateDictAdapter, fqn: str, *, out_features: int, in_featu
     Raises:
         ValueError: There is none.
     """
-    converted = _convert(adapter, f"{fqn}.weight", torch.empty(out_features, in_features, device="meta"))
+    key = f"{fqn}.weight"
+    converted = _convert(adapter, key, torch.empty(out_features, in_features, device="meta"))
+    if not converted or any(value.ndim != 2 or not name.endswith(".weight") for name, value in converted.items()):
+        names = ", ".join(converted) or "nothing"
+        raise ValueError(f"{key}: {type(adapter).__name__} turns it into {names}, not into the weights of linears.")
     return [name.removesuffix(".weight") for name in converted]
-
-
-def _ask(adapter: StateDictAdapter, key: str, numbers: torch.Tensor) -> dict[str, torch.Tensor] | None:
-    """`to_hf` of one weight, as matrices of row or column numbers by name; None if it comes back as it went in."""
-    converted = _convert(adapter, key, numbers)
-    return None if len(converted) == 1 and next(iter(converted.values())) is numbers else converted
 
 
 def _convert(adapter: StateDictAdapter, key: str, probe: torch.Tensor) -> dict[str, torch.Tensor]:
     try:
-        converted = adapter.to_hf({key: probe})
+        try:
+            with _CompactCopies():
+                return adapter.to_hf({key: probe})
+        except RuntimeError:  # it views a copy in a way that only memory of its own allows
+            return adapter.to_hf({key: probe})
     except Exception as e:
         raise ValueError(f"{key}: {type(adapter).__name__} cannot express it in Hugging Face's terms ({e!r}).") from e
-    if not converted or any(value.ndim != 2 or not name.endswith(".weight") for name, value in converted.items()):
-        names = ", ".join(converted) or "nothing"
-        raise ValueError(f"{key}: {type(adapter).__name__} turns it into {names}, not into the weights of linears.")
-    return converted
+
+
+def _mixes(adapter: StateDictAdapter, key: str, name: str) -> str:
+    return f"{key}: {type(adapter).__name__} mixes rows and columns in {name}; no adapter fits that."
 
 
 def _count(size: int) -> torch.Tensor:
-    """0, 1, ..., size - 1 in the smallest type that can count so far."""
-    return torch.arange(size, dtype=torch.int16 if size <= torch.iinfo(torch.int16).max else torch.int32)
+    """0, 1, ..., size - 1."""
+    return torch.arange(size, dtype=torch.int32)
 
 
-def _unless_equal(numbers: torch.Tensor, in_order: torch.Tensor) -> torch.Tensor | None:
-    return None if torch.equal(numbers, in_order) else numbers.long()
+def _along(numbers: torch.Tensor, dim: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of a shape that has everywhere its index in one dim. It takes the memory of `numbers`."""
+    return numbers.view(-1, *[1] * (len(shape) - dim - 1)).expand(shape)
+
+
+def _line(numbers: torch.Tensor) -> tuple[int | None, torch.Tensor] | None:
+    """The dim along which numbers differ, and them; no dim if all are one number; None if they differ otherwise."""
+    core = _compact(numbers)
+    if core.dtype != torch.int32 or not core.numel():  # what computes with them does more than reorder
+        return None
+    dims = [dim for dim, size in enumerate(core.shape) if size > 1]
+    for dim in dims:
+        line = core.movedim(dim, 0).reshape(core.shape[dim], -1)[:, 0]
+        if not bool((line == line[0]).all()):
+            same = len(dims) == 1 or bool((core == line.view(-1, *[1] * (core.ndim - dim - 1))).all())
+            return (dim, line) if same else None
+    one = core.flatten()[:1]
+    return (None, one) if not dims or bool((core == one).all()) else None
+
+
+def _covers(parts: list[HFPart], every: list[torch.Tensor]) -> bool:
+    """Whether parts hold each element once: each all of every dim, but for one along which they share it."""
+    split = [dim for dim in range(len(every)) if not all(_are_all([part.indices[dim]], every[dim]) for part in parts)]
+    if len(parts) == 1:
+        return not split
+    return len(split) == 1 and _are_all([part.indices[split[0]] for part in parts], every[split[0]])
+
+
+def _are_all(found: list[torch.Tensor | None], every: torch.Tensor) -> bool:
+    if found == [None]:
+        return True
+    return torch.equal(torch.cat([every if numbers is None else numbers for numbers in found]).sort().values, every)
+
+
+def _compact(numbers: torch.Tensor) -> torch.Tensor:
+    """The same without the repetitions that take no memory: 1 along each dim of stride 0."""
+    return numbers[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in numbers.stride())]
+
+
+class _CompactCopies(TorchDispatchMode):
+    """Copies of expanded tensors stay expanded: an index tensor of a weight of GiB is a list of numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.clone.default:
+            copy = _compact(args[0]).clone(memory_format=torch.contiguous_format)
+            return copy.expand(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """To skip it would import it, which takes seconds."""
+        return False
