@@ -45,6 +45,9 @@ class Host(Protocol):
     meshes: dict[str, DeviceMesh]
     """The one-dimensional meshes of more than one rank, by name. Pipeline stages lie along `pp`."""
 
+    adapters_made_in: float
+    """Seconds that the initial values of this rank's adapters took; for the log."""
+
     data_rank: int
     """Number of this rank among those that see other rows or other positions of a batch."""
 

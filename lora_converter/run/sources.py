@@ -7,7 +7,9 @@ All checks of all sources come before the first load. They are collectives: all 
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lora_converter.dcp.folder import DcpBase, agreed_metadata, check_fits
@@ -20,6 +22,7 @@ from lora_converter.run.description import DATALOADER, MODEL, OPTIMIZER, PARTS
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
+from lora_converter.tensors import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class BaseSource:
 
     def __init__(self, model: RunModel):
         self._model = model
+        self._seconds = {"read": 0.0, "checks": 0.0}
         base, adapter = model.host.job.base, model.host.state_dict_adapter
         assert base is not None
         self._path = base.path
@@ -53,17 +57,31 @@ class BaseSource:
         elif adapter is None:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         else:
-            self._folder = HuggingFaceBase(adapter, base.path, model.base, quantized=base.quantized)
+            with self._timed("checks"):
+                self._folder = HuggingFaceBase(adapter, base.path, model.base, quantized=base.quantized)
 
     def check(self) -> None:
         """Compares keys and shapes."""
-        self._folder.check()
+        with self._timed("checks"):
+            self._folder.check()
 
     def load(self) -> None:
         """Loads the base and takes its fingerprint."""
-        logger.info(f"LoRA: loading the base from {self._path}.")
-        self._folder.load()
-        self._model.take_fingerprint()
+        with self._timed("read"):
+            self._folder.load()
+        with self._timed("checks"):
+            self._model.take_fingerprint()
+        size = sum(local_part(value).nbytes for value in self._model.base.state_dict().values())
+        logger.info(
+            f"LoRA: base read from {self._path} in {self._seconds['read']:.1f} s ({size / 1e9:.2g} GB on this rank), "
+            f"adapters made in {self._model.host.adapters_made_in:.1f} s, checks {self._seconds['checks']:.1f} s."
+        )
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[what] += time.perf_counter() - start
 
 
 class StepSource:

@@ -44,6 +44,7 @@ class TitanHost:
         self.states = {name: state for name, state in states.items() if name != MODEL} | ours
         parallel_dims = self.trainer.parallel_dims
         self.meshes = parallel_dims.get_all_one_dimensional_meshes()
+        self.adapters_made_in = sum(getattr(part, "lora_made_in", 0.0) for part in model_parts)
         mesh = parallel_dims.get_optional_mesh("loss")  # data x context parallelism
         self.data_rank = mesh.get_local_rank() if mesh is not None else 0
 

@@ -1,5 +1,6 @@
 """A converted torchtitan model: its class is swapped, so that what the host calls on it reaches the adapters too."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -24,10 +25,15 @@ class LoRAModel(nn.Module):
     lora_flops_not_spent: int
     """Per token, of those that torchtitan counts for the whole model."""
 
+    lora_made_in: float
+    """Seconds that the adapters' initial values took."""
+
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
         cast(Any, super()).init_weights(buffer_device=buffer_device)
+        start = time.perf_counter()
         reset_adapters(self, seed=self.lora_job.seed)
+        self.lora_made_in = time.perf_counter() - start
         mark_partial_gradients(self)
         mark_mean_gradients(self)
         freeze_base(self)

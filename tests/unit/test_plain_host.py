@@ -35,6 +35,7 @@ class PlainHost:
         self.job = Job(**{**vars(self.job), "base": Base(str(base)) if base else None})
         model = make_model(init)  # other weights than the base's, until that is loaded
         self.model_parts, self.meshes, self.data_rank = [model], {}, 0
+        self.adapters_made_in = 0.0
         self.state_dict_adapter = self.naming = None
         self.after_logging: list[Callable[[float], None]] = []
         self.step, self.losses = 0, []
