@@ -67,13 +67,14 @@ class BaseSource:
 
     def load(self) -> None:
         """Loads the base and takes its fingerprint."""
+        logger.info(f"LoRA: loading the base from {self._path}.")
         with self._timed("read"):
             self._folder.load()
         with self._timed("checks"):
             self._model.take_fingerprint()
         size = sum(local_part(value).nbytes for value in self._model.base.state_dict().values())
         logger.info(
-            f"LoRA: base read from {self._path} in {self._seconds['read']:.1f} s ({size / 1e9:.2g} GB on this rank), "
+            f"LoRA: base read in {self._seconds['read']:.1f} s ({size / 1e9:.2g} GB on this rank), "
             f"adapters made in {self._model.host.adapters_made_in:.1f} s, checks {self._seconds['checks']:.1f} s."
         )
 

@@ -60,5 +60,7 @@ def test_a_plain_run_says_what_it_said_before(dcp_base: Path, tmp_path: Path, ca
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA")]
     assert [re.sub(r"[0-9.]+[MKB]?|/\S+", "#", line) for line in lines] == [
         "LoRA: # linears adapted (rank #, alpha #), # of # parameters train (# %)",
-        "LoRA: base read from # in # s (# GB on this rank), adapters made in # s, checks # s#",
+        "LoRA: the loss takes the frozen output head, #,# tokens at a time#",
+        "LoRA: loading the base from #",
+        "LoRA: base read in # s (# GB on this rank), adapters made in # s, checks # s#",
     ]
