@@ -3,12 +3,16 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from harness import TINY
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
+from torchtitan.models.gpt_oss import GptOssModelArgs, gptoss_configs
+from torchtitan.models.gpt_oss.model.model import GptOssModel
 from torchtitan.models.llama4 import TransformerModelArgs as Llama4ModelArgs
 from torchtitan.models.llama4 import llama4_args
 from torchtitan.models.moe import MoEArgs
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
+from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 
 # Unequal dims everywhere, as the tiny Llama's.
 deepseekv3_args["tiny"] = DeepSeekV3ModelArgs(
@@ -35,6 +39,7 @@ qwen3_args["tiny_moe"] = replace(
     moe_inter_dim=48,
     moe_args=MoEArgs(num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True),
 )
+qwen3_args["tiny_tied"] = replace(qwen3_args["tiny"], enable_weight_tying=True)
 llama4_args["tiny"] = Llama4ModelArgs(
     **TINY,
     every_n_layers_nope=None,
@@ -42,12 +47,38 @@ llama4_args["tiny"] = Llama4ModelArgs(
     attn_type="sdpa",
     moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=1, score_func="sigmoid"),
 )
+gptoss_configs["tiny"] = GptOssModelArgs(
+    vocab_size=320,
+    dim=64,
+    head_dim=16,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=2,
+    moe_inter_dim=48,
+    sliding_window_size=16,
+    moe_args=MoEArgs(
+        num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True, use_grouped_mm=False
+    ),
+)
+
+
+class GptOssInFp32(GptOssModel):
+    """torchtitan's has its layers in bf16, in which sums in another order are another run."""
+
+    def __init__(self, model_args: GptOssModelArgs):
+        super().__init__(model_args)
+        self.to(torch.float32)
+
+
+register_train_spec("gpt_oss_in_fp32", replace(get_train_spec("gpt_oss"), model_cls=GptOssInFp32))
 
 MODELS = {
     "deepseek_v3": ["--model.name=deepseek_v3"],
     "qwen3": ["--model.name=qwen3"],
+    "qwen3_tied": ["--model.name=qwen3", "--model.flavor=tiny_tied"],
     "qwen3_moe": ["--model.name=qwen3", "--model.flavor=tiny_moe"],
     "llama4": ["--model.name=llama4"],
+    "gpt_oss": ["--model.name=gpt_oss_in_fp32"],
 }
 
 

@@ -119,8 +119,10 @@ VARIANTS = {
     "loss over logits, TP2": row(2, TP2, [*OVER_LOGITS]),
     "loss over logits, PP2": row(2, PP2, [*OVER_LOGITS]),
     "loss over logits, CP2": row(2, CP2, [*OVER_LOGITS]),
+    "loss over logits, MoE, EP2": row(2, FSDP2, EP2, [*OVER_LOGITS], model="deepseek_v3"),
     "loss over logits, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, [*OVER_LOGITS]),
     "loss that is not parallel, TP2": row(2, TP2, ["--parallelism.disable_loss_parallel"]),
+    "tied head, TP2": row(2, TP2, model="qwen3_tied"),
     "always reshard, FSDP2": row(2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
     "always reshard, TP2 x FSDP2": row(4, TP2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
     "dropout, TP2": row(2, TP2, job=DROPOUT),
@@ -132,6 +134,9 @@ VARIANTS = {
     "MoE, TP2": row(2, TP2, model="deepseek_v3"),
     "qwen3 MoE, EP2": row(2, FSDP2, EP2, model="qwen3_moe"),
     "llama4, EP2": row(2, FSDP2, EP2, model="llama4"),
+    "gpt_oss, FSDP2": row(2, FSDP2, model="gpt_oss"),
+    "gpt_oss, EP2": row(2, FSDP2, EP2, model="gpt_oss"),
+    "gpt_oss, TP2": row(2, TP2, model="gpt_oss"),
 }
 """The same claim for what layouts meet in practice."""
 

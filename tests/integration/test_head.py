@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from harness import BASE_CONFIG, Run, build, finish, parse, train
+from tiny_models import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 from torchtitan.train import Trainer
 
@@ -21,16 +21,11 @@ VALIDATION = ("--validation.enable", "--validation.freq=1", "--validation.steps=
               "--validation.local_batch_size=3", "--validation.seq_len=32")  # fmt: skip
 TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
 
-qwen3_args["tiny_and_tied"] = Qwen3ModelArgs(
-    vocab_size=320, head_dim=24, dim=64, n_layers=3, n_heads=4, n_kv_heads=2, qk_norm=True, hidden_dim=160,
-    enable_weight_tying=True,
-)  # fmt: skip
-
 JOBS = {
     "plain": (),
     "accumulation": ("--training.global_batch_size=8",),
     "compiled": ("--compile.enable", "--compile.components=loss"),
-    "tied": ("--model.name=qwen3", "--model.flavor=tiny_and_tied"),
+    "tied": tuple(MODELS["qwen3_tied"]),
     "bf16": ("--training.mixed_precision_param=bfloat16",),
     "one chunk": ("--lora.loss_chunk_tokens=-1",),
 }
