@@ -1,9 +1,9 @@
 """The examples run and show what they promise."""
 
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,11 @@ def test_a_rollout_actor_follows_the_trainers_through_ray() -> None:
 
 
 def test_gpt2_is_adapted_trained_disabled_saved_and_merged(tmp_path: Path) -> None:
-    start = time.monotonic()
+    start = sum(os.times()[2:4])
     command = [sys.executable, "examples/gpt2_library.py", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert time.monotonic() - start < 60
+    assert sum(os.times()[2:4]) - start < 60  # seconds of processors, whatever else they do
     base, adapted = map(
         float, re.search(r"^unseen rows: base ([\d.]+), adapted ([\d.]+)$", result.stdout, re.M).groups()
     )

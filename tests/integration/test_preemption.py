@@ -90,7 +90,7 @@ def test_a_second_signal_ends_at_once_and_one_that_is_handed_on_is_no_second(bas
     assert not job.failed
     start = time.monotonic()
     job.signal(signal.SIGTERM)
-    assert job.exit_codes() == [143] and time.monotonic() - start < 2
+    assert job.exit_codes() == [143] and time.monotonic() - start < 10  # the step takes many minutes
     assert "SIGTERM: ends at once, without a save: a second signal." in job.text() and steps(job) == set()
 
 

