@@ -4,6 +4,7 @@
 2. Low-rank adapters teach it C++ from the headers inside the installed torch: configs/debug_lora.toml on 2 ranks.
 3. The run is resumed once from its middle checkpoint, and must repeat its second half.
 4. The untouched base and full fine-tuning read the same text, for scale.
+5. Other adapters on the same base learn to answer, from 2,000 conversations; transformers and PEFT ask them.
 
 Everything lies under outputs/demo; the picture is outputs/demo/loss.png.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from demo_chat import describe_scores, write_conversations
 from losses import read_losses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -39,6 +41,15 @@ COMMON = (
     "--metrics.disable_color_printing",
     "--debug.seed=0",
 )
+CHAT = (
+    "--training.dataset=chat",
+    f"--training.dataset_path={OUT}/conversations.jsonl",
+    "--training.local_batch_size=4",
+    f"--checkpoint.initial_load_path={OUT}/base",
+    "--checkpoint.initial_load_in_hf",
+    "--checkpoint.last_save_in_hf",
+    "--checkpoint.last_save_model_only",
+)
 
 
 def main() -> None:
@@ -47,7 +58,7 @@ def main() -> None:
         "--quick", action="store_true", help="a tenth of the steps: shows that it runs, not that it learns"
     )
     tenth = 10 if parser.parse_args().quick else 1
-    base_steps, steps = 240 // tenth, 80 // tenth
+    base_steps, steps, chat_steps = 240 // tenth, 80 // tenth, 300 // tenth
     began = time.monotonic()
 
     shutil.rmtree(OUT, ignore_errors=True)
@@ -55,7 +66,7 @@ def main() -> None:
     cpp = write_text(OUT / "cpp", Path(torch.__file__).parent.glob("include/c10/**/*.h"))
     write_tokenizer(OUT / "base", OUT / "python")
 
-    say(f"1/5  A small Llama learns Python from {python:.1f} MB of the standard library, {base_steps} steps")
+    say(f"1/6  A small Llama learns Python from {python:.1f} MB of the standard library, {base_steps} steps")
     train("pretrain", "debug_base", f"--training.steps={base_steps}", f"--training.dataset_path={OUT}/python",
           "--checkpoint.last_save_in_hf", "--lr_scheduler.warmup_steps=10")  # fmt: skip
     save_as_hugging_face(OUT / "pretrain" / "checkpoint" / f"step-{base_steps}", OUT / "base")
@@ -69,19 +80,24 @@ def main() -> None:
         f"--checkpoint.interval={steps // 2}",
         "--checkpoint.no-last_save_model_only",
     )
-    say(f"2/5  Adapters learn C++ from {cpp:.1f} MB of torch's headers, {steps} steps")
+    say(f"2/6  Adapters learn C++ from {cpp:.1f} MB of torch's headers, {steps} steps")
     train("lora", "debug_lora", *text)
-    say(f"3/5  The same run, resumed from step {steps // 2}")
+    say(f"3/6  The same run, resumed from step {steps // 2}")
     shutil.copytree(OUT / "lora" / "checkpoint", OUT / "resumed" / "checkpoint")
     train("resumed", "debug_lora", *text, f"--checkpoint.load_step={steps // 2}", "--checkpoint.load_only")
-    say("4/5  The untouched base reads the same text (learning rate 0)")
+    say("4/6  The untouched base reads the same text (learning rate 0)")
     train("untouched", "debug_lora", *text, "--optimizer.lr=0", "--checkpoint.load_only")
-    say("5/5  Full fine-tuning, for scale")
+    say("5/6  Full fine-tuning, for scale")
     train("full", "debug_base", *text, "--optimizer.lr=1e-3")
 
-    losses = {name: read_losses(OUT / name) for name in ("untouched", "lora", "full", "resumed")}
+    say(f"6/6  Adapters learn to answer from 2,000 conversations, {chat_steps} steps")
+    asked = write_conversations(OUT / "conversations.jsonl", OUT / "base")
+    train("chat", "debug_lora", *CHAT, f"--training.steps={chat_steps}", ranks=1)
+    scores = describe_scores(OUT / "base", OUT / "chat" / "checkpoint" / f"step-{chat_steps}", asked)
+
+    losses = {name: read_losses(OUT / name) for name in ("untouched", "lora", "full", "resumed", "chat")}
     draw(losses)
-    summarise(losses, steps, time.monotonic() - began)
+    summarise(losses, steps, scores, time.monotonic() - began)
 
 
 def say(line: str) -> None:
@@ -125,12 +141,18 @@ def write_tokenizer(folder: Path, text: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def train(name: str, config: str, *options: str) -> None:
+def train(name: str, config: str, *options: str, ranks: int = RANKS) -> None:
     """One torchrun of the README's command, its log in outputs/demo/<name>.log and every tenth step on the screen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                "-m", "lora_converter.train", f"--job.config_file={ROOT}/configs/{config}.toml",
                f"--job.dump_folder={OUT / name}", *COMMON, *options]  # fmt: skip
-    env = dict(os.environ, OMP_NUM_THREADS="1", LOG_RANK="0", HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(OUT / "cache"))
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS=str(2 // ranks),
+        LOG_RANK="0",
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_CACHE=str(OUT / "cache"),
+    )
     log = OUT / f"{name}.log"
     with (
         open(log, "w") as file,
@@ -142,7 +164,7 @@ def train(name: str, config: str, *options: str) -> None:
             file.write(line)
             message = line.rstrip().rpartition(" - ")[2]
             step = int(message.split()[1]) if message.startswith("step:") else 0
-            wanted = step == 1 or step % 10 == 0 if step else message.startswith("LoRA:")
+            wanted = step == 1 or step % 10 == 0 if step else message.startswith(("LoRA:", "Chat:"))
             if wanted and (step or message) not in shown:
                 shown.add(step or message)
                 print(f"   {message}", flush=True)
@@ -180,7 +202,7 @@ def save_as_hugging_face(step: Path, folder: Path) -> None:
 
 
 def draw(losses: dict[str, dict[int, float]]) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes, chat) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", width_ratios=(2, 1))
     styles = {
         "untouched": ("untouched base", "tab:gray", "-"),
         "full": ("full fine-tuning, all weights", "tab:orange", "-"),
@@ -192,10 +214,13 @@ def draw(losses: dict[str, dict[int, float]]) -> None:
     axes.set(xlabel="step", ylabel="loss on C++ headers (nats per token)", title="A model of Python learns C++")
     axes.grid(alpha=0.3)
     axes.legend()
+    chat.plot(list(losses["chat"]), list(losses["chat"].values()), color="tab:blue")
+    chat.set(xlabel="step", ylabel="loss on answers (nats per token)", title="It learns to answer")
+    chat.grid(alpha=0.3)
     figure.savefig(OUT / "loss.png", dpi=120)
 
 
-def summarise(losses: dict[str, dict[int, float]], steps: int, seconds: float) -> None:
+def summarise(losses: dict[str, dict[int, float]], steps: int, scores: str, seconds: float) -> None:
     def mean(name: str, last: int) -> float:
         window = [loss for step, loss in losses[name].items() if last - steps // 8 < step <= last]
         return sum(window) / len(window)
@@ -214,9 +239,11 @@ full fine-tuning {mean("full", steps):.3f}   (mean of the last {steps // 8} of {
                  step 1: LoRA {losses["lora"][1]:.3f}, untouched base {losses["untouched"][1]:.3f}
 Resumed          from step {steps // 2}; largest difference of a loss to the uninterrupted run: {drift:g}
 Step checkpoint  adapters {size("lora")}   all weights {size("full")}   (both with optimizer state)
+Chat             {scores}
 
 Base             {OUT.relative_to(ROOT)}/base                  Hugging Face folder
 Adapters         {OUT.relative_to(ROOT)}/lora/checkpoint       step folders (DCP)
+Chat adapters    {OUT.relative_to(ROOT)}/chat/checkpoint       PEFT directory
 Loss curves      {OUT.relative_to(ROOT)}/loss.png
 Logs             {OUT.relative_to(ROOT)}/*.log
 Time             {seconds / 60:.1f} minutes"""
