@@ -5,18 +5,21 @@
     python scripts/bench.py memory   # the peak of such a run above the imports
     python scripts/bench.py checks   # the base's fingerprint over reading it, a look at the adapters over a step
     python scripts/bench.py comm     # collectives and elements of a step under TP + SP and FSDP2, 2 gloo ranks
+    python scripts/bench.py loss     # a frozen head's loss in chunks, over torchtitan's over all logits: time, memory
+    python scripts/bench.py peers    # a training step by this package, by transformers + PEFT, and of all weights
 
 Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
 machines mean little. --json FILE and --picture FILE keep the results.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.nn as nn
 from bench_block import PEERS, Block, in_every_order, rank_sized_products
+from bench_block import picture as picture_of_layer
+from bench_loss import loss_rows
+from bench_measure import paired, ratio
+from bench_peers import PEERS as TRAINERS
+from bench_peers import peer_rows
+from bench_peers import picture as picture_of_peers
 
 Results = list[dict[str, Any]]
 
@@ -34,8 +43,8 @@ def layer(options: argparse.Namespace) -> Results:
     """Forward + backward of one block, each peer's time over the frozen block's."""
     results = []
     for dtype_name in options.dtypes:
-        for width in options.widths:
-            for tokens in options.tokens:
+        for width in options.widths or [1024, 2048]:
+            for tokens in options.tokens or [1024, 2048]:
                 shape = (width, options.kv_width or width // 4, options.hidden or _round(width * 8 / 3, 256))
                 found = layer_ratios(shape, tokens, getattr(torch, dtype_name), options)
                 results.append({"dtype": dtype_name, "width": width, "hidden": shape[2], "tokens": tokens, **found})
@@ -61,11 +70,9 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
         steps |= in_every_order(steps["ours"])
     steps["products alone"] = rank_sized_products(first, tokens)
     times = paired(steps, options.rounds, device)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times[name], times["frozen"], strict=True)) for name in times
-    }
+    ratios = {name: ratio(times, name, "frozen") for name in times}
     found = {"frozen_ms": 1e3 * statistics.median(times["frozen"]), **ratios}
-    found["ours/full"] = statistics.median(a / b for a, b in zip(times["ours"], times["full"], strict=True))
+    found["ours/full"] = ratio(times, "ours", "full")
     if "PEFT" in times:
         found["overhead ours/PEFT"] = (ratios["ours"] - 1) / (ratios["PEFT"] - 1)
         found["products alone/PEFT"] = ratios["products alone"] / (ratios["PEFT"] - 1)
@@ -82,27 +89,6 @@ def _forward_backward(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> C
     return step
 
 
-def paired(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the order turns, so that no peer always follows the same one."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for number in range(-2, rounds):  # two rounds to warm up
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            _wait(device)
-            start = time.perf_counter()
-            steps[name]()
-            _wait(device)
-            if number >= 0:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def _round(value: float, to: int) -> int:
     return int(-(-value // to) * to)
 
@@ -113,8 +99,8 @@ def step(options: argparse.Namespace) -> Results:
 
     steps = {kind: trainer_step(make_trainer(kind, *options.options)) for kind in ("lora", "full")}
     times = paired(steps, options.rounds, options.device)
-    ratio = statistics.median(a / b for a, b in zip(times["lora"], times["full"], strict=True))
-    return [{"parameters": parameters(), "lora/full": ratio, "full_ms": 1e3 * statistics.median(times["full"])}]
+    full_ms = 1e3 * statistics.median(times["full"])
+    return [{"parameters": parameters(), "lora/full": ratio(times, "lora", "full"), "full_ms": full_ms}]
 
 
 def memory(options: argparse.Namespace) -> Results:
@@ -122,8 +108,8 @@ def memory(options: argparse.Namespace) -> Results:
     from bench_trainer import parameters, peak_memory
 
     peaks = {kind: peak_memory(kind, options.options) for kind in ("lora", "full")}
-    ratio = peaks["lora"] / peaks["full"]
-    return [{"parameters": parameters(), **{f"{k}_MB": n / 1e6 for k, n in peaks.items()}, "lora/full": ratio}]
+    megabytes = {f"{kind}_MB": peak / 1e6 for kind, peak in peaks.items()}
+    return [{"parameters": parameters(), **megabytes, "lora/full": peaks["lora"] / peaks["full"]}]
 
 
 def checks(options: argparse.Namespace) -> Results:
@@ -147,10 +133,7 @@ def checks(options: argparse.Namespace) -> Results:
             "look": lambda: checkpointer.run.faults.after_step(2, saves=True),
         }
         times = paired(steps, options.rounds, options.device)
-    ratios = {
-        f"{a}/{b}": statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-        for a, b in (("fingerprint", "read"), ("look", "step"))
-    }
+    ratios = {f"{a}/{b}": ratio(times, a, b) for a, b in (("fingerprint", "read"), ("look", "step"))}
     return [{"parameters": parameters(), **ratios, "look_ms": 1e3 * statistics.median(times["look"])}]
 
 
@@ -180,55 +163,67 @@ def _row(result: dict[str, Any]) -> str:
 def _device(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
-def _picture(results: Results, path: Path) -> None:
-    """Bars: time over the frozen block, per shape and peer."""
-    import matplotlib
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    peers = [name for name in PEERS if name != "frozen" and name in results[0]]
-    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(results), 4))
-    for number, name in enumerate(peers):
-        places = [place + number / (len(peers) + 1) for place in range(len(results))]
-        axes.bar(places, [result[name] - 1 for result in results], width=1 / (len(peers) + 1), label=name)
-    axes.set_xticks(range(len(results)), [f"{r['dtype']}\n{r['width']} x {r['tokens']}" for r in results])
-    axes.set_ylabel("time over the frozen block")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def _versions() -> str:
+    packages = [name for name in ("torch", "torchtitan", "transformers", "peft") if importlib.util.find_spec(name)]
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["layer", "step", "memory", "checks", "comm"])
-    parser.add_argument("--rounds", type=int, default=15, help="of timing (default: 15)")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--rounds", type=int, help="of timing (default: 15; peers: 8)")
     parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--picture", type=Path, help="file for a bar chart of `layer`")
-    block = parser.add_argument_group("layer")
-    block.add_argument("--widths", type=int, nargs="+", default=[1024, 2048])
-    block.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--picture", type=Path, help="file for a bar chart of `layer` or `peers`")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
+    parser.add_argument("--options", nargs="*", default=[], help="step, memory, peers: more options of torchtitan")
+    block = parser.add_argument_group("layer and loss")
+    block.add_argument("--widths", type=int, nargs="+", help="default: 1024 2048; loss: 1024")
+    block.add_argument("--tokens", type=int, nargs="+", help="default: 1024 2048; loss: 2048")
+    block.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     block.add_argument("--hidden", type=int, help="width of the feed-forward (default: 8/3 of the width)")
     block.add_argument("--kv-width", type=int, help="of keys and values (default: a quarter of the width)")
-    block.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    block.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    block.add_argument("--compile", action="store_true")
+    block.add_argument("--compile", action="store_true", help="the block")
     block.add_argument("--orders", action="store_true", help="our products in every order (lora_converter/order.py)")
-    block.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
-    parser.add_argument("--options", nargs="*", default=[], help="step, memory: more options of torchtitan")
+    block.add_argument("--vocabulary", type=int, default=32768, help="of the loss")
+    block.add_argument("--chunk-tokens", type=int, help="of our loss (default: as in a job)")
+    peers = parser.add_argument_group("peers")
+    peers.add_argument("--peers", nargs="+", default=list(TRAINERS), choices=list(TRAINERS), metavar="PEER")
+    peers.add_argument("--flavor", default="bench", help="of torchtitan's llama3 (default: 53M parameters)")
+    peers.add_argument("--layers", type=int, help="of the model (default: all)")
+    peers.add_argument("--seq-len", type=int, default=256)
+    peers.add_argument("--batch", type=int, default=2)
+    peers.add_argument("--ac", default="full", choices=["none", "selective", "full"])
     return parser
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
+    "layer": layer,
+    "step": step,
+    "memory": memory,
+    "checks": checks,
+    "comm": comm,
+    "loss": loss_rows,
+    "peers": peer_rows,
+}
 
 
 def main() -> None:
     options = _parser().parse_args()
+    options.rounds = options.rounds or (8 if options.part == "peers" else 15)
     if options.threads:
         torch.set_num_threads(options.threads)
     options.json = options.json and options.json.resolve()  # `step` changes the directory
-    results = {"layer": layer, "step": step, "memory": memory, "checks": checks, "comm": comm}[options.part](options)
-    where = f"{_device(options.device)}, torch {torch.__version__}, Python {platform.python_version()}"
+    results = PARTS[options.part](options)
+    where = f"{_device(options.device)}, {_versions()}, Python {platform.python_version()}"
     print(f"\n{options.part}, {where}")
     for result in results:
         print(_row(result))
@@ -236,8 +231,9 @@ def main() -> None:
         options.json.write_text(
             json.dumps({"part": options.part, "device": where, "results": results}, indent=2) + "\n"
         )
-    if options.picture and options.part == "layer":
-        _picture(results, options.picture)
+    draw = {"layer": picture_of_layer, "peers": picture_of_peers}.get(options.part)
+    if options.picture and draw:
+        draw(results, options.picture)
 
 
 if __name__ == "__main__":

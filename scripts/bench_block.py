@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -128,3 +129,22 @@ def rank_sized_products(block: Block, tokens: int) -> Callable[[], None]:
             dx.addmm_(ds, a)
 
     return step
+
+
+def picture(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars: time over the frozen block, per shape and peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    peers = [name for name in PEERS if name != "frozen" and name in results[0]]
+    figure, axes = plt.subplots(figsize=(2 + 1.3 * len(results), 4))
+    for number, name in enumerate(peers):
+        places = [place + number / (len(peers) + 1) for place in range(len(results))]
+        axes.bar(places, [result[name] - 1 for result in results], width=1 / (len(peers) + 1), label=name)
+    axes.set_xticks(range(len(results)), [f"{r['dtype']}\n{r['width']} x {r['tokens']}" for r in results])
+    axes.set_ylabel("time over the frozen block")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)

@@ -3,11 +3,13 @@
 python scripts/bench_trainer.py lora|full OPTIONS...    # trains three steps and prints the peak of memory
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -50,9 +52,9 @@ def make_trainer(kind: str, *options: str) -> Trainer:
     return Trainer(ConfigManager().parse_args([*command, *base]))
 
 
-def trainer_step(trainer: Trainer) -> Callable[[], None]:
-    """One training step: data, forward, backward, clipping, AdamW."""
-    data = iter(trainer.batch_generator(trainer.dataloader))
+def trainer_step(trainer: Trainer, data: Iterator[Any] | None = None) -> Callable[[], None]:
+    """One training step: data (the trainer's own if none is given), forward, backward, clipping, AdamW."""
+    data = data or trainer.batch_generator(trainer.dataloader)
 
     def step() -> None:
         trainer.step += 1
@@ -61,9 +63,30 @@ def trainer_step(trainer: Trainer) -> Callable[[], None]:
     return step
 
 
-def parameters() -> int:
+def cut(flavor: str, layers: int) -> None:
+    """Leaves the first `layers` layers of a flavor, in this process."""
+    llama3_args[flavor] = dataclasses.replace(llama3_args[flavor], n_layers=layers)
+
+
+def shape(flavor: str = "bench", layers: int | None = None) -> dict[str, int]:
+    """What another library needs to know of a flavor, cut to `layers` where given, to build the same model."""
+    args = llama3_args[flavor]
+    args = dataclasses.replace(args, n_layers=layers or args.n_layers)
     with torch.device("meta"):
-        return sum(param.numel() for param in Transformer(llama3_args["bench"]).parameters())
+        model = Transformer(args)
+    return {
+        "width": args.dim,
+        "hidden": model.layers["0"].feed_forward.w1.out_features,
+        "layers": args.n_layers,
+        "heads": args.n_heads,
+        "kv_heads": args.n_kv_heads or args.n_heads,
+        "vocabulary": args.vocab_size,
+        "parameters": sum(param.numel() for param in model.parameters()),
+    }
+
+
+def parameters() -> int:
+    return shape()["parameters"]
 
 
 def peak_memory(kind: str, options: list[str]) -> int:
