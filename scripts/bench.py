@@ -16,6 +16,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
@@ -162,7 +163,7 @@ def _row(result: dict[str, Any]) -> str:
 
 def _device(device: str) -> str:
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return f"{torch.cuda.get_device_name()}, PYTORCH_ALLOC_CONF {os.environ.get('PYTORCH_ALLOC_CONF', 'unset')}"
     return f"{_processor()}, {torch.get_num_threads()} threads"
 
 

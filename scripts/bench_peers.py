@@ -126,21 +126,25 @@ def peer_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per peer: its time, over the first one's too, and the peak of its memory."""
     from bench_trainer import shape
 
-    found = shape(options.flavor, options.layers)
     settings = Settings(
-        *(options.flavor, found, options.seq_len, options.batch, options.ac),
-        *(options.device, options.threads, options.options),
+        flavor=options.flavor,
+        shape=shape(options.flavor, options.layers),
+        seq_len=options.seq_len,
+        batch=options.batch,
+        ac=options.ac,
+        device=options.device,
+        threads=options.threads,
+        options=options.options,
     )
     times: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
-    together = options.peers if options.device == "cpu" else ()
-    for names in [together] if together else [[name] for name in options.peers]:
+    for names in [options.peers] if options.device == "cpu" else [[name] for name in options.peers]:
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(name, settings)) for name in names}
             peaks |= {name: worker.peak for name, worker in workers.items()}
             times |= paired({name: worker.step for name, worker in workers.items()}, options.rounds, "cpu")
     first, tokens = options.peers[0], options.batch * options.seq_len
-    common = {"parameters": found["parameters"], "tokens": tokens, "ac": options.ac, "dtype": str(DTYPE)[6:]}
+    common = {"parameters": settings.shape["parameters"], "tokens": tokens, "ac": options.ac, "dtype": str(DTYPE)[6:]}
     return [
         {
             "peer": name,
