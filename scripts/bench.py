@@ -9,10 +9,11 @@
     python scripts/bench.py peers    # a training step by this package, by transformers + PEFT, and of all weights
 
 Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
-machines mean little. --json FILE and --picture FILE keep the results.
+machines mean little, and on a busy one --cpu-time means more. --json FILE and --picture FILE keep the results.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -32,7 +33,7 @@ import torch.nn as nn
 from bench_block import PEERS, Block, in_every_order, rank_sized_products
 from bench_block import picture as picture_of_layer
 from bench_loss import loss_rows
-from bench_measure import paired, ratio
+from bench_measure import paired, ratio, seconds
 from bench_peers import PEERS as TRAINERS
 from bench_peers import peer_rows
 from bench_peers import picture as picture_of_peers
@@ -70,7 +71,7 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
     if options.orders:
         steps |= in_every_order(steps["ours"])
     steps["products alone"] = rank_sized_products(first, tokens)
-    times = paired(steps, options.rounds, device)
+    times = paired(steps, options.rounds, options.seconds)
     ratios = {name: ratio(times, name, "frozen") for name in times}
     found = {"frozen_ms": 1e3 * statistics.median(times["frozen"]), **ratios}
     found["ours/full"] = ratio(times, "ours", "full")
@@ -99,7 +100,7 @@ def step(options: argparse.Namespace) -> Results:
     from bench_trainer import make_trainer, parameters, trainer_step
 
     steps = {kind: trainer_step(make_trainer(kind, *options.options)) for kind in ("lora", "full")}
-    times = paired(steps, options.rounds, options.device)
+    times = paired(steps, options.rounds, options.seconds)
     full_ms = 1e3 * statistics.median(times["full"])
     return [{"parameters": parameters(), "lora/full": ratio(times, "lora", "full"), "full_ms": full_ms}]
 
@@ -133,7 +134,7 @@ def checks(options: argparse.Namespace) -> Results:
             "step": trainer_step(trainer),
             "look": lambda: checkpointer.run.faults.after_step(2, saves=True),
         }
-        times = paired(steps, options.rounds, options.device)
+        times = paired(steps, options.rounds, options.seconds)
     ratios = {f"{a}/{b}": ratio(times, a, b) for a, b in (("fingerprint", "read"), ("look", "step"))}
     return [{"parameters": parameters(), **ratios, "look_ms": 1e3 * statistics.median(times["look"])}]
 
@@ -164,7 +165,7 @@ def _row(result: dict[str, Any]) -> str:
 def _device(device: str) -> str:
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, PYTORCH_ALLOC_CONF {os.environ.get('PYTORCH_ALLOC_CONF', 'unset')}"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {torch.get_num_threads()} thread(s)"
 
 
 def _processor() -> str:
@@ -185,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--picture", type=Path, help="file for a bar chart of `layer` or `peers`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of a CPU (default: torch's)")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, in place of wall time")
     parser.add_argument("--options", nargs="*", default=[], help="step, memory, peers: more options of torchtitan")
     block = parser.add_argument_group("layer and loss")
     block.add_argument("--widths", type=int, nargs="+", help="default: 1024 2048; loss: 1024")
@@ -220,11 +222,14 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
 def main() -> None:
     options = _parser().parse_args()
     options.rounds = options.rounds or (8 if options.part == "peers" else 15)
+    options.seconds = functools.partial(seconds, device=options.device, cpu_time=options.cpu_time)
+    options.threads = 1 if options.cpu_time else options.threads
     if options.threads:
         torch.set_num_threads(options.threads)
     options.json = options.json and options.json.resolve()  # `step` changes the directory
     results = PARTS[options.part](options)
     where = f"{_device(options.device)}, {_versions()}, Python {platform.python_version()}"
+    where += ", CPU time" if options.cpu_time else ""
     print(f"\n{options.part}, {where}")
     for result in results:
         print(_row(result))

@@ -60,7 +60,7 @@ def _peers(
             step()
         peaks[name] = memory.peak
     timed = {**steps, "products alone": _products(hidden.detach()[0], weight)}
-    times = paired(timed, options.rounds, options.device)
+    times = paired(timed, options.rounds, options.seconds)
     return [
         {
             "chunk": chunk,

@@ -5,26 +5,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+T = TypeVar("T")
 Times = dict[str, list[float]]
 
 
-def paired(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> Times:
+def seconds(step: Callable[[], object], device: str, cpu_time: bool = False) -> float:
+    """What one step takes: wall time, or this process's CPU time, which others on the machine hardly change."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    wait(device)
+    start = clock()
+    step()
+    wait(device)
+    return clock() - start
+
+
+def paired(steps: Mapping[str, T], rounds: int, seconds_of: Callable[[T], float]) -> Times:
     """Seconds of each step in each round; the order turns, so that no peer always follows the same one."""
     times: Times = {name: [] for name in steps}
     names = list(steps)
     for number in range(-2, rounds):  # two rounds to warm up
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            wait(device)
-            start = time.perf_counter()
-            steps[name]()
-            wait(device)
+            taken = seconds_of(steps[name])
             if number >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from bench_block import ALPHA, RANK
-from bench_measure import allocated, paired, ratio, wait
+from bench_measure import allocated, paired, ratio, seconds
 
 WARM_UP = 5
 DTYPE = torch.bfloat16
@@ -50,6 +50,7 @@ class Settings:
     ac: str
     device: str
     threads: int | None
+    cpu_time: bool
     options: list[str]
 
 
@@ -134,6 +135,7 @@ def peer_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         ac=options.ac,
         device=options.device,
         threads=options.threads,
+        cpu_time=options.cpu_time,
         options=options.options,
     )
     times: dict[str, list[float]] = {}
@@ -142,7 +144,7 @@ def peer_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         with ExitStack() as stack:
             workers = {name: stack.enter_context(_Worker(name, settings)) for name in names}
             peaks |= {name: worker.peak for name, worker in workers.items()}
-            times |= paired({name: worker.step for name, worker in workers.items()}, options.rounds, "cpu")
+            times |= paired(workers, options.rounds, _Worker.seconds)
     first, tokens = options.peers[0], options.batch * options.seq_len
     common = {"parameters": settings.shape["parameters"], "tokens": tokens, "ac": options.ac, "dtype": str(DTYPE)[6:]}
     return [
@@ -174,9 +176,10 @@ class _Worker:
         theirs.close()
         self.peak: int = self._answer()
 
-    def step(self) -> None:
+    def seconds(self) -> float:
+        """Of one more step."""
         self._pipe.send("step")
-        self._answer()
+        return self._answer()
 
     def _answer(self) -> Any:
         try:
@@ -206,9 +209,7 @@ def _serve(pipe: Connection, name: str, settings: Settings) -> None:
             pipe.recv()
         except EOFError:
             return
-        step()
-        wait(settings.device)
-        pipe.send("done")
+        pipe.send(seconds(step, settings.device, settings.cpu_time))
 
 
 def picture(results: list[dict[str, Any]], path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_run_takes_less_than_half_of_full_fine_tunings_memory(tmp_path: Path) 
 def test_loss_compares_all_peers_in_time_and_bytes_with_and_without_ignored_labels(tmp_path: Path) -> None:
     """What the allocator gave out is exact: all logits at least twice, or less than one chunk's twice."""
     options = ["--widths=64", "--tokens=256", "--vocabulary=2048", "--chunk-tokens=64", "--dtypes=float32"]
-    rows = bench("loss", *options, "--rounds=1", folder=tmp_path)
+    rows = bench("loss", *options, "--rounds=1", "--cpu-time", folder=tmp_path)
     found = {(row["ignored"], row["peer"]): row for row in rows}
     assert {ignored for ignored, _ in found} == {0.0, 0.8} and len(found) == len(rows) == 10
     one_row_of_logits = 4 * 2048 / 1e6
