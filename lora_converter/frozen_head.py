@@ -120,8 +120,11 @@ def _whole_softmax(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     values.exp_()
     total = values.sum(1, keepdim=True)
     values /= total
+    if torch.compiler.is_compiling():  # fused: nothing of the size of the logits is written but their gradient
+        values = values - (torch.arange(logits.shape[1], device=logits.device) == labels).float()
+    else:
+        values.scatter_(1, labels, own.exp() / total - 1)
     logits.copy_(values)
-    logits.scatter_(1, labels, ((own.exp() / total) - 1).to(logits.dtype))
     return (total.log() - own).sum(), logits
 
 
@@ -140,8 +143,8 @@ def _sharded_softmax(
     dist.all_reduce(sums, group=group)
     total, label = sums.split(1, 1)
     values /= total
+    values.scatter_(1, column, values.gather(1, column) - here.float())
     logits.copy_(values)
-    logits.scatter_(1, column, (values.gather(1, column) - here.float()).to(logits.dtype))
     return (total.log() - label).sum(), logits
 
 

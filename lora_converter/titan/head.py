@@ -57,11 +57,11 @@ def without_logits(model_parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def validate_without_logits(validate: Callable[..., Any]) -> Callable[..., Any]:
-    """`Validator.validate`, which calls the model for its loss alone."""
+    """`Validator.validate`, which calls the model for its loss alone. A loss of the user's gets its logits."""
 
     @functools.wraps(validate)
     def validate_skipping(self: Any, model_parts: list[nn.Module], step: int) -> Any:
-        with without_logits(model_parts):
+        with without_logits(model_parts if isinstance(self.loss_fn, HeadLoss) else ()):
             return validate(self, model_parts, step)
 
     return validate_skipping

@@ -155,6 +155,12 @@ def test_what_needs_logits_gets_them_and_the_log_says_why(
     assert not isinstance(run.trainer.loss_fn, HeadLoss) and len(run.losses) == 3
 
 
+def test_a_validator_with_a_loss_of_its_own_gets_logits(tmp_path: Path) -> None:
+    run = build(tmp_path, SCRATCH, *VALIDATION, f"--validation.dataset_path={parse(tmp_path).training.dataset_path}")
+    run.trainer.validator.loss_fn = own_loss(None)  # which looks at the shape
+    assert len(validated(run)) == 3
+
+
 def test_full_fine_tuning_keeps_torchtitans_loss(tmp_path: Path) -> None:
     run = build(tmp_path, SCRATCH, config=BASE_CONFIG)
     assert not isinstance(run.trainer.loss_fn, HeadLoss)
