@@ -61,7 +61,12 @@ def frozen_head_loss(
 
     Returns:
         [], fp32. The same on all ranks of `group`.
+
+    Raises:
+        ValueError: Not every token has a label.
     """
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"Labels of shape {tuple(labels.shape)} for hidden states of shape {tuple(hidden.shape)}.")
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden = hidden.to(dtype).flatten(0, -2)
@@ -84,29 +89,33 @@ class _FrozenHeadLoss(torch.autograd.Function):
         chunk_tokens: int,
         softmax: "_Softmax",
     ) -> torch.Tensor:
-        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        gradients: list[torch.Tensor] = []
 
         def take(part: torch.Tensor) -> torch.Tensor:  # its logits are gone at the end
             loss, of_logits = softmax(F.linear(hidden[part], weight, bias), labels[part].unsqueeze(1))
-            if gradient is not None:
-                gradient.index_copy_(0, part, of_logits @ weight)
+            if ctx.needs_input_grad[0]:
+                gradients.append(of_logits @ weight)
             return loss
 
         loss = hidden.new_zeros((), dtype=torch.float32)
-        rows = (labels != IGNORED).nonzero().squeeze(1)
         chunks = -(-rows.numel() // chunk_tokens)
         for part in rows.tensor_split(chunks) if chunks else ():
             loss += take(part)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(rows, *gradients)
+        ctx.shape = hidden.shape
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        # One element, not a scalar: the product is then taken in fp32, and 1 / tokens keeps its digits.
-        scaled = torch.mul(gradient, scale.reshape(1), out=torch.empty_like(gradient))
-        return scaled, None, None, None, None, None
+        rows, *gradients = ctx.saved_tensors
+        # A token without a label has a zero whatever the scale is: 1 / 0 where no rank has a label.
+        whole = torch.zeros(ctx.shape, dtype=gradients[0].dtype if gradients else None, device=rows.device)
+        for part, gradient in zip(rows.tensor_split(len(gradients)) if gradients else (), gradients, strict=True):
+            # One element, not a scalar: the product is then taken in fp32, and 1 / tokens keeps its digits.
+            whole.index_copy_(0, part, (gradient * scale.reshape(1)).to(gradient.dtype))
+        return whole, None, None, None, None, None
 
 
 _Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

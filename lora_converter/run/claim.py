@@ -85,6 +85,7 @@ class Claim:
         self._folder, self.path = Path(folder), beside(folder, WRITER)
         self._mine: Holder | None = None
         self._released = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def hold(self) -> None:
         """Takes the folder, or makes sure that it is still ours.
@@ -101,18 +102,24 @@ class Claim:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         mine = Holder.here()
         if not self._take(mine):
-            if holder := _read(self.path):
-                self._wait_for_end_of(holder)
-            self._write(mine)
+            holder = _read(self.path)
+            left = holder is None or self._has_left(holder)
+            if not (left and self._take(mine)):
+                if left and (quicker := _read(self.path)):
+                    raise self._held(quicker)
+                self._write(mine)
             time.sleep(_EXCHANGE)  # several may have seen the dead one: the last to write has it
             if (found := _read(self.path)) is None or found.token != mine.token:
                 raise self._held(found or mine)
         self._mine, self._released = mine, threading.Event()
-        threading.Thread(target=self._count, args=(mine, self._released), name="lora-claim", daemon=True).start()
+        self._thread = threading.Thread(target=self._count, args=(mine, self._released), name="lora-claim", daemon=True)
+        self._thread.start()
 
     def release(self) -> None:
         """Leaves the folder to the next one; without effect if it is not held any more."""
         self._released.set()
+        if self._thread:
+            self._thread.join()  # which may be about to write the file
         mine, self._mine = self._mine, None
         try:
             if mine and (found := _read(self.path)) and found.token == mine.token:
@@ -133,7 +140,12 @@ class Claim:
             draft.unlink(missing_ok=True)
         return True
 
-    def _wait_for_end_of(self, holder: Holder) -> None:
+    def _has_left(self, holder: Holder) -> bool:
+        """Whether a holder has released the folder; False if it is dead.
+
+        Raises:
+            ValueError: It lives.
+        """
         folder = self._folder
         dead = holder.writer.is_dead()
         if dead is None:
@@ -144,11 +156,14 @@ class Claim:
                 found = _read(self.path)
                 if found is not None and found != holder:
                     raise self._held(found)
-                dead = found is None or time.monotonic() > end
+                if found is None:
+                    return True
+                dead = time.monotonic() > end
         if not dead:
             raise self._held(holder)
         self._draft_path(holder).unlink(missing_ok=True)
         logger.warning(f"LoRA: {folder} was held by {holder}, which is gone; this run takes it over.")
+        return False
 
     def _count(self, mine: Holder, released: threading.Event) -> None:
         count = 0

@@ -13,6 +13,7 @@ import torch.nn as nn
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.validate import BaseValidator, Validator
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.tools import utils
 
 from lora_converter.tensors import full_tensor
 from lora_converter.titan.head import without_logits
@@ -53,7 +54,7 @@ class ChatValidator(Validator):
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Logs the mean loss over the trained tokens of all rows."""
-        device = next(model_parts[0].parameters()).device
+        device = utils.device_type
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, trained tokens
         for model in model_parts:
             model.eval()

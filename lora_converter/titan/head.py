@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.tools.logging import logger
@@ -33,13 +33,30 @@ class SkippableHead(nn.Linear):
 
     Attributes:
         skipped: Whether it does.
+        handed_on: What it handed on last, and its version, until the loss has asked.
     """
 
     skipped: bool
+    handed_on: tuple[torch.Tensor, int] | None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, or `input` as it is."""
-        return input if self.skipped else super().forward(input)
+        if not self.skipped:
+            return super().forward(input)
+        self.handed_on = input, local_part(input)._version
+        return input
+
+    def check_is_handed_on(self, pred: torch.Tensor) -> None:
+        """Raises ValueError unless `pred` is what was handed on, unchanged: logits that a model caps or scales, say."""
+        handed_on, self.handed_on = self.handed_on, None
+        if handed_on is not None:
+            ours, given = local_part(handed_on[0]), local_part(pred)
+            same = given.data_ptr() == ours.data_ptr() and given.shape == ours.shape and given._version == handed_on[1]
+        if handed_on is None or not same:
+            raise ValueError(
+                "The model changes what its output head gives, which the loss of a frozen head cannot follow. Set "
+                "lora.loss_chunk_tokens = 0."
+            )
 
 
 @contextmanager
@@ -86,7 +103,7 @@ def skip_logits(trainer: Any) -> None:
     def skipping(run_step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(run_step)
         def run_step_skipping(**kwargs: Any) -> torch.Tensor:
-            with without_logits(trainer.model_parts):
+            with without_logits(trainer.model_parts if isinstance(trainer.loss_fn, HeadLoss) else ()):
                 return run_step(**kwargs)
 
         return run_step_skipping
@@ -103,7 +120,8 @@ def _reason_for_logits(trainer: Any, head: nn.Module) -> str:
         return "the model has a loss of its own"
     host = importlib.util.find_spec("torchtitan.train")  # not its class, which is another one in `__main__`
     assert host is not None
-    if type(trainer).forward_backward_step.__code__.co_filename != host.origin:
+    step = vars(trainer).get("forward_backward_step", type(trainer).forward_backward_step)
+    if getattr(getattr(step, "__code__", None), "co_filename", "") != host.origin:
         return f"{type(trainer).__name__} has a step of its own"
     if isinstance(head, AdaptedModule):
         return "the output head has an adapter"
@@ -111,7 +129,22 @@ def _reason_for_logits(trainer: Any, head: nn.Module) -> str:
         return "the output head is trained"
     if _linear_class(head) is not nn.Linear:
         return f"the output head is a {_linear_class(head).__name__}, which has a product of its own"
+    if any(not _is_of_torch(hook) for hook in head._forward_hooks.values()):
+        return "the output head has a forward hook"
+    if trainer.parallel_dims.tp_enabled and not _is_sharded_over_vocabulary(head.weight):
+        return "tensor parallelism does not shard the output head over the vocabulary"
     return ""
+
+
+def _is_of_torch(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+
+
+def _is_sharded_over_vocabulary(weight: Any) -> bool:
+    if not isinstance(weight, DTensor):
+        return False
+    placements = dict(zip(weight.device_mesh.mesh_dim_names or (), weight.placements, strict=False))
+    return placements.get("tp") == Shard(0)
 
 
 def _linear_class(head: nn.Module) -> type:
@@ -131,7 +164,7 @@ class HeadLoss:
         compiled = trainer.job_config.compile
         self._backend = compiled.backend if compiled.enable and "loss" in compiled.components else ""
         self._head = swap_class(head, SkippableHead)
-        self._head.skipped = False
+        self._head.skipped, self._head.handed_on = False, None
         _leave_hidden_states_alone(self._head)
         rows = -(-self._head.out_features // trainer.parallel_dims.tp)
         chosen = trainer.job_config.lora.loss_chunk_tokens
@@ -146,8 +179,10 @@ class HeadLoss:
         """
         if not self._head.skipped:
             return self._of_logits(pred, labels)
+        self._head.check_is_handed_on(pred)
         with _gathered(self._head) as (weight, bias):
-            options: dict[str, Any] = dict(chunk_tokens=self.chunk_tokens, bias=bias and local_part(bias))
+            bias = None if bias is None else local_part(bias)
+            options: dict[str, Any] = dict(chunk_tokens=self.chunk_tokens, bias=bias)
             if not isinstance(weight, DTensor):
                 return frozen_head_loss(pred, weight, labels, compile_backend=self._backend, **options)
             mesh = weight.device_mesh

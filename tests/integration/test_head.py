@@ -3,17 +3,21 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn as nn
 from harness import BASE_CONFIG, Run, build, finish, parse, train
 from tiny_models import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 from torchtitan.train import Trainer
 
-from lora_converter.titan.head import HeadLoss
+from lora_converter import adapter_parameters
+from lora_converter.titan.head import HeadLoss, without_logits
 
 SCRATCH = "--checkpoint.initial_load_path="
 IN_CHUNKS, OVER_LOGITS = "--lora.loss_chunk_tokens=24", "--lora.loss_chunk_tokens=0"
@@ -128,6 +132,43 @@ def own_loss(job_config: Any, **kwargs: Any) -> Callable[..., torch.Tensor]:
     return loss
 
 
+def test_a_loss_that_is_put_on_the_trainer_afterwards_gets_logits(tmp_path: Path) -> None:
+    run = build(tmp_path, SCRATCH, IN_CHUNKS)
+    run.trainer.loss_fn = own_loss(None)
+    assert step(run, TOKENS).isfinite()
+    run.trainer.close()
+
+
+def test_a_step_without_any_label_leaves_the_adapters_finite(tmp_path: Path) -> None:
+    """1 / tokens is infinite then; torchtitan's cross-entropy has gradients of zero."""
+    run = build(tmp_path, SCRATCH, IN_CHUNKS)
+    none = torch.full_like(TOKENS, -100)
+    run.trainer.forward_backward_step(input_dict={"input": TOKENS}, labels=none, global_valid_tokens=torch.tensor(0.0))
+    gradients = [param.grad for param in adapter_parameters(run.trainer.model_parts[0]).values()]
+    assert gradients and not any(gradient.any() for gradient in gradients)
+    run.trainer.close()
+
+
+def test_a_head_with_a_bias_gives_the_loss_over_logits() -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, 16).requires_grad_(False), torch.randn(2, 5, 8, requires_grad=True)
+    labels = torch.randint(0, 16, (2, 5))
+    job = SimpleNamespace(compile=SimpleNamespace(enable=False), lora=SimpleNamespace(loss_chunk_tokens=3))
+    loss = HeadLoss(SimpleNamespace(loss_fn=None, job_config=job, parallel_dims=SimpleNamespace(tp=1)), head)
+    with without_logits([SimpleNamespace(output=head)]):
+        found = loss(head(hidden), labels)
+    torch.testing.assert_close(found, cross_entropy_loss(head(hidden), labels), rtol=1e-6, atol=1e-6)
+
+
+def with_a_hook(model_cls: Any) -> type:
+    class WithAHook(model_cls):
+        def __init__(self, model_args: Any):
+            super().__init__(model_args)
+            self.output.register_forward_hook(lambda module, args, out: None)
+
+    return WithAHook
+
+
 REASONS = {
     "lora.loss_chunk_tokens = 0": (OVER_LOGITS,),
     "the output head has an adapter": ("--lora.target_modules=all-linear,output",),
@@ -136,6 +177,7 @@ REASONS = {
         "--quantize.linear.float8.recipe_name=rowwise",
     ),
     "the model has a loss of its own": ("--model.name=llama3_with_a_loss",),
+    "the output head has a forward hook": ("--model.name=llama3_with_a_hook",),
     "OwnStep has a step of its own": (),
 }
 
@@ -147,6 +189,9 @@ def test_what_needs_logits_gets_them_and_the_log_says_why(
     if "llama3_with_a_loss" in "".join(REASONS[reason]):
         spec = dataclasses.replace(get_train_spec("llama3"), build_loss_fn=own_loss)
         register_train_spec("llama3_with_a_loss", spec)
+    if "llama3_with_a_hook" in "".join(REASONS[reason]):
+        spec = get_train_spec("llama3")
+        register_train_spec("llama3_with_a_hook", dataclasses.replace(spec, model_cls=with_a_hook(spec.model_cls)))
     if reason.startswith("OwnStep"):
         monkeypatch.setattr("harness.Trainer", OwnStep)
     caplog.set_level("INFO")

@@ -1,14 +1,17 @@
 """A run that stops, or does not go on: what its message says to do is done, and it goes on as it should. One rank."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from harness import Run, adapter_state, build, finish, full_state, train
 from test_checkpoint import RANDOM_BASE, failing
 from test_resume import EVERY_STEP, loaded, on, refused, rewritten, step
+from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 
 from lora_converter.peft import PeftAdapter, load_peft, save_peft
 
@@ -223,3 +226,24 @@ def test_a_last_step_that_does_not_fit_into_its_dtype_is_exported_by_another_lau
     again = goes_on(tmp_path / "run", *job, "--checkpoint.export_dtype=bfloat16")
     found = load_peft(step(tmp_path / "run", 3)).factors["model.layers.0.self_attn.v_proj"][0]
     assert len(again.losses) == 1 and torch.equal(found.float(), torch.full((4, 64), 2.0**20))
+
+
+# The loss
+
+
+def test_a_model_that_caps_its_logits_trains_with_the_loss_over_them(tmp_path: Path) -> None:
+    spec = get_train_spec("llama3")
+
+    class Capped(spec.model_cls):  # type: ignore[name-defined, misc]
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return 3 * torch.tanh(super().forward(*args, **kwargs) / 3)
+
+    register_train_spec("llama3_capped", dataclasses.replace(spec, model_cls=Capped))
+    options = ["--model.name=llama3_capped", RANDOM_BASE]
+    run = build(tmp_path / "refused", *options)
+    with pytest.raises(
+        ValueError, match=r"The model changes what its output head gives.* Set lora.loss_chunk_tokens = 0"
+    ):
+        run.trainer.train()
+    run.trainer.close()
+    assert len(goes_on(tmp_path / "capped", *options, "--lora.loss_chunk_tokens=0").losses) == 3

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,47 @@ def test_a_claim_that_is_given_back_while_it_is_watched_is_free(held: Claim) -> 
     ours = Claim(folder_of(held))
     ours.hold()
     ours.release()
+
+
+def test_of_two_that_wait_for_one_that_leaves_the_quicker_has_the_folder(
+    held: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(held, place="", host="elsewhere")
+    slow, quick = Claim(folder_of(held)), Claim(folder_of(held))
+    look = claim._read
+    first = [look(held.path)]
+    monkeypatch.setattr(claim, "_read", lambda path: first.pop() if first else gone_once(path))
+    seen = iter([True])
+
+    def gone_once(path: Path) -> Any:
+        if next(seen, False):
+            held.path.unlink()
+            quick.hold()
+            return None
+        return look(path)
+
+    with pytest.raises(ValueError, match="is written to by another run"):
+        slow.hold()
+    quick.hold()  # still its own
+    quick.release()
+
+
+def test_a_claim_that_is_released_while_it_is_counted_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT", 0.01)
+    about_to_write, replace_file = threading.Event(), os.replace
+
+    def slowly(*args: Any) -> None:
+        about_to_write.set()
+        time.sleep(0.3)
+        replace_file(*args)
+
+    ours = Claim(tmp_path / "run")
+    ours.hold()
+    monkeypatch.setattr(claim.os, "replace", slowly)
+    assert about_to_write.wait(5)
+    ours.release()
+    time.sleep(0.5)
+    assert not ours.path.exists()
 
 
 def test_who_has_lost_the_folder_writes_to_it_no_more(held: Claim) -> None:

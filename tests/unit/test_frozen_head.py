@@ -142,6 +142,19 @@ def test_without_a_gradient_there_is_one_product() -> None:
     assert error(loss, over_logits(**in_fp64(given))) < 1e-6
 
 
+def test_without_any_label_the_gradient_is_zero_whatever_its_scale() -> None:
+    _, gradient = loss_and_gradient(in_chunks(), operands(ignored=1.1), scale=float("inf"))
+    assert not gradient.any()
+    _, gradient = loss_and_gradient(in_chunks(), given := operands(ignored=0.7), scale=float("inf"))
+    assert not gradient[given["labels"] == IGNORED].any()
+
+
+def test_other_numbers_of_labels_than_tokens_are_refused() -> None:
+    given = operands()
+    with pytest.raises(ValueError, match=r"Labels of shape \(4, 49\) for hidden states of shape \(4, 50, 32\)"):
+        in_chunks()(**{**given, "labels": given["labels"][:, 1:]})
+
+
 def test_the_head_gets_no_gradient() -> None:
     given = operands()
     given["weight"].requires_grad_()
