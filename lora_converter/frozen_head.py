@@ -72,9 +72,9 @@ def frozen_head_loss(
     hidden = hidden.to(dtype).flatten(0, -2)
     weight, bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     if group is not None:
-        softmax: _Softmax = functools.partial(_sharded_softmax, first_row=first_row, group=group)
+        softmax: _Softmax = functools.partial(_softmax, first_row=first_row, group=group)
     else:
-        softmax = _compiled_softmax(compile_backend) if compile_backend else _whole_softmax
+        softmax = _compiled_softmax(compile_backend) if compile_backend else _softmax
     return _FrozenHeadLoss.apply(hidden, weight, bias, labels.flatten(), chunk_tokens, softmax)
 
 
@@ -103,7 +103,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for part in rows.tensor_split(chunks) if chunks else ():
             loss += take(part)
         ctx.save_for_backward(rows, *gradients)
-        ctx.shape = hidden.shape
+        ctx.like = dict(size=hidden.shape, dtype=hidden.dtype, device=hidden.device)
         return loss
 
     @staticmethod
@@ -111,8 +111,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, *gradients = ctx.saved_tensors
         # A token without a label has a zero whatever the scale is: 1 / 0 where no rank has a label.
-        whole = torch.zeros(ctx.shape, dtype=gradients[0].dtype if gradients else None, device=rows.device)
-        for part, gradient in zip(rows.tensor_split(len(gradients)) if gradients else (), gradients, strict=True):
+        whole = torch.zeros(**ctx.like)
+        for part, gradient in zip(rows.tensor_split(len(gradients) or 1), gradients, strict=False):
             # One element, not a scalar: the product is then taken in fp32, and 1 / tokens keeps its digits.
             whole.index_copy_(0, part, (gradient * scale.reshape(1)).to(gradient.dtype))
         return whole, None, None, None, None, None
@@ -122,41 +122,33 @@ _Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 """Logits [tokens, vocabulary] and labels [tokens, 1] -> the sum of losses and the logits' gradient, in their place."""
 
 
-def _whole_softmax(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values = logits.float()
-    values -= values.amax(1, keepdim=True)
-    own = values.gather(1, labels)
-    values.exp_()
-    total = values.sum(1, keepdim=True)
-    values /= total
-    if torch.compiler.is_compiling():  # fused: nothing of the size of the logits is written but their gradient
-        values = values - (torch.arange(logits.shape[1], device=logits.device) == labels).float()
-    else:
-        values.scatter_(1, labels, own.exp() / total - 1)
-    logits.copy_(values)
-    return (total.log() - own).sum(), logits
-
-
-def _sharded_softmax(
-    logits: torch.Tensor, labels: torch.Tensor, *, first_row: int, group: dist.ProcessGroup
+def _softmax(
+    logits: torch.Tensor, labels: torch.Tensor, *, first_row: int = 0, group: dist.ProcessGroup | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     values, rows = logits.float(), logits.shape[1]
-    here = (labels >= first_row) & (labels < first_row + rows)
-    column = (labels - first_row).clamp(0, rows - 1)
+    column = labels - first_row
+    here = (column >= 0) & (column < rows)
+    if group is not None:  # else a label that no row has is an error of `gather`
+        column = column.clamp(0, rows - 1)
     largest = values.amax(1, keepdim=True)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     values -= largest
     own = values.gather(1, column)
     values.exp_()
     sums = torch.cat([values.sum(1, keepdim=True), torch.where(here, own, 0.0)], 1)
-    dist.all_reduce(sums, group=group)
+    if group is not None:
+        dist.all_reduce(sums, group=group)
     total, label = sums.split(1, 1)
     values /= total
-    values.scatter_(1, column, values.gather(1, column) - here.float())
+    if torch.compiler.is_compiling():  # fused: nothing of the size of the logits is written but their gradient
+        values = values - (torch.arange(rows, device=logits.device) == column).float()
+    else:
+        values.scatter_(1, column, values.gather(1, column) - here.float())
     logits.copy_(values)
     return (total.log() - label).sum(), logits
 
 
 @functools.cache
 def _compiled_softmax(backend: str) -> "_Softmax":
-    return torch.compile(_whole_softmax, backend=backend, dynamic=True)
+    return torch.compile(_softmax, backend=backend, dynamic=True)
