@@ -1,5 +1,8 @@
-"""torch.compile on layers whose adapters differ: one graph for each kind of layer, and torch's limit of them."""
+"""torch.compile in a job: one graph for each kind of layer, torch's limit of them, and how long making them took."""
 
+import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +10,7 @@ import torch.nn as nn
 from torchtitan.tools.logging import logger
 
 from lora_converter.adapted import AdaptedModule
+from lora_converter.titan.installed import change_trainer
 
 _LIMIT = torch._dynamo.config.recompile_limit
 
@@ -38,3 +42,33 @@ def kind_of(layer: nn.Module) -> Kind:
     adapted = ((name, module) for name, module in layer.named_modules() if isinstance(module, AdaptedModule))
     settings = ((name, repr(module.lora_config)) for name, module in adapted)
     return (*shapes, *settings)
+
+
+def log_compile_time(trainer: Any) -> None:
+    """Lets a trainer that compiles say how long its first step took, and how much of that torch spent compiling.
+
+    Graphs are made in the first step of a launch, resumed or not: of forwards where they are first called, of
+    backwards after that. torch counts both. The count is this rank's: its step also waits for the other ranks, which in
+    a pipeline compile their stages one after another.
+    """
+    if not (trainer.job_config.compile.enable and trainer.job_config.compile.components):
+        return
+    from torch._dynamo.utils import calculate_time_spent
+
+    def told(train_step: Callable[..., None]) -> Callable[..., None]:
+        is_first = True
+
+        @functools.wraps(train_step)
+        def step(*args: Any, **kwargs: Any) -> None:
+            nonlocal is_first
+            if not is_first:
+                return train_step(*args, **kwargs)
+            is_first = False
+            compiled, start = calculate_time_spent()["total_wall_time"], time.perf_counter()
+            train_step(*args, **kwargs)
+            took, compiled = time.perf_counter() - start, calculate_time_spent()["total_wall_time"] - compiled
+            logger.info(f"LoRA: the first step took {took:.1f} s, torch.compile {compiled:.1f} s of it on this rank.")
+
+        return step
+
+    change_trainer(trainer, "train_step", told)

@@ -12,6 +12,7 @@ from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.run.description import LR_SCHEDULER, MODEL, OPTIMIZER, TRAIN_STATE
 from lora_converter.run.job import Job
+from lora_converter.titan.compiling import log_compile_time
 from lora_converter.titan.head import skip_logits
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.models import for_names
@@ -56,6 +57,7 @@ class TitanHost:
         """
         skip_logits(self.trainer)
         divide_pipeline_gradients(self.trainer)
+        log_compile_time(self.trainer)
         change_trainer(self.trainer, "metrics_processor.num_flops_per_token", lambda flops: flops - not_spent)
         if self.trainer.job_config.lora.full_phase.steps > 0:
             log_phase(self.trainer, 2)

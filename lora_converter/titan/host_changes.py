@@ -99,6 +99,12 @@ TRAINER_CHANGES = (
         "the schedule gets the divided loss",
     ),
     Change(
+        "train_step",
+        "compiling:log_compile_time",
+        "torch compiles in the first step, and nothing says how long that took",
+        "the trainer logs it",
+    ),
+    Change(
         "pp_schedule._initialize_pp_stages",
         "host:TitanHost.around_trial_forwards",
         "a pipeline finds its shapes by a forward whose generator is put back: the step's seed would be lost with it",

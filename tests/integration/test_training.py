@@ -1,8 +1,11 @@
 """One rank, torchtitan's trainer, the tiny model: what trains, what does not, and from where it starts."""
 
 import copy
+import re
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,23 +200,64 @@ def test_moe_debug_models_train_on_cpu_with_their_routing_frozen(
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
-def test_compiled_blocks_are_one_graph_without_breaks_or_recompiles(hf_base: Path, tmp_path: Path) -> None:
-    """One graph serves all blocks but the first, whose input has no gradient: the embedding below it is frozen."""
+def test_compiled_blocks_are_one_graph_without_breaks_or_recompiles(
+    hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One graph serves all blocks but the first, whose input has no gradient: the embedding below it is frozen.
+
+    What the log says of the first step is what it took longer than the others, by a clock.
+    """
+    caplog.set_level("INFO")
     eager = train(tmp_path / "eager", *from_hf(hf_base))
+    assert first_steps(caplog) == []
     graphs = {}
     for name, config in (("lora", CONFIG), ("base", BASE_CONFIG)):
         torch._dynamo.reset()
         counters.clear()
         run = build(tmp_path / name, *from_hf(hf_base), "--compile.enable", "--compile.components=model", config=config)
-        steps = graphs.setdefault(name, [])
-        step = run.trainer.train_step
-        run.trainer.train_step = lambda data, step=step, steps=steps: (
-            step(data),
-            steps.append(counters["stats"]["unique_graphs"]),
-        )
+        steps, seconds = graphs.setdefault(name, []), []
+        train_step = run.trainer.train_step
+
+        def step(data: Any, train_step: Any = train_step, steps: Any = steps, seconds: Any = seconds) -> None:
+            start = time.perf_counter()
+            train_step(data)
+            seconds.append(time.perf_counter() - start)
+            steps.append(counters["stats"]["unique_graphs"])
+
+        run.trainer.train_step = step
         finish(run)
         assert not counters["graph_break"], counters["graph_break"]
         if name == "lora":
+            [(took, compiled)] = first_steps(caplog)
+            assert abs(took - seconds[0]) < 0.2  # rounded to 0.1
+            # 0.95 to 1.0 of it; the rest is what is imported for the compiler, and other work on the machine.
+            assert 0.7 * (seconds[0] - min(seconds[1:])) - 0.1 <= compiled <= took
             # fp32 with other kernels.
             torch.testing.assert_close(torch.tensor(run.losses), torch.tensor(eager.losses), rtol=1e-5, atol=0)
     assert graphs == {"lora": [2, 2, 2], "base": [1, 1, 1]}
+    assert len(first_steps(caplog)) == 1  # a job without adapters has torchtitan's log
+
+
+def test_each_launch_that_compiles_says_what_its_own_first_step_took(
+    hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a resumed run too. Both are in one process here, and the second finds its graphs made."""
+    caplog.set_level("INFO")
+    options = ["--compile.enable", "--compile.components=model", "--compile.backend=eager", "--checkpoint.interval=2"]
+    torch._dynamo.reset()
+    for launch, steps in enumerate((2, 4), start=1):
+        run = train(
+            tmp_path, *from_hf(hf_base), *options, f"--training.steps={steps}", "--checkpoint.no-last_save_model_only"
+        )
+        assert len(run.losses) == 2
+        assert len(first_steps(caplog)) == launch
+    assert "LoRA: resuming from" in caplog.text
+    assert first_steps(caplog)[0][1] > 0
+    assert all(compiled <= took for took, compiled in first_steps(caplog))
+
+
+def first_steps(caplog: pytest.LogCaptureFixture) -> list[tuple[float, float]]:
+    """Seconds of first steps, and of torch.compile in them, as the log has them."""
+    line = r"LoRA: the first step took (.+) s, torch.compile (.+) s of it on this rank\."
+    found = [re.fullmatch(line, record.getMessage()) for record in caplog.records]
+    return [(float(match[1]), float(match[2])) for match in found if match]
