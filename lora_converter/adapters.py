@@ -4,13 +4,15 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 import torch.nn as nn
 
-from lora_converter.adapted import adapted_modules, adapter_parameters
+from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters
 from lora_converter.config import LoRAConfig
-from lora_converter.linear import LoRALinear, add_adapter, linears_of, uncalled_linears
+from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
+from lora_converter.linear import add_adapter, linears_of, uncalled_linears
 from lora_converter.swap import check_forward_is_called
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
@@ -39,8 +41,9 @@ def apply_lora(
     dtype: torch.dtype | None = None,
     canonical_name: Callable[[str], str] = str,
     factor_class: type[LoRAFactor] = LoRAFactor,
-) -> list[LoRALinear]:
-    """Puts an adapter on every linear that `config` selects and freezes everything else, in place.
+    expert_classes: ExpertClasses = MappingProxyType({}),
+) -> list[AdaptedModule]:
+    """Puts an adapter on every linear and routed expert that `config` selects and freezes everything else, in place.
 
     Adapters of a model with real weights are initialised at once; those on the meta device when `reset_adapters` is
     called after the weights exist.
@@ -52,40 +55,47 @@ def apply_lora(
             less than what bf16 can tell apart.
         canonical_name: A linear's name in this model -> its name on any host; the same if left out.
         factor_class: What A and B are made of; a host may need more of them.
+        expert_classes: The host's classes of modules that hold routed experts.
 
     Returns:
-        The adapted linears, in the model's order.
+        The adapted modules, in the model's order.
 
     Raises:
-        ValueError: A pattern matches nothing, nothing is selected, a linear is named that is never called, or the model
-            has adapters already. The model is then as it was.
+        ValueError: A pattern matches nothing, nothing is selected, a linear is named that is never called, experts are
+            to have dropout, or the model has adapters already. The model is then as it was.
     """
     if any(True for _ in adapted_modules(model)):
         raise ValueError(
             "The model has LoRA adapters already: load another adapter into them, or take them off with unload_adapter."
         )
-    linears = linears_of(model)
-    targets = _called(
-        model, select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules), config
+    linears, experts = linears_of(model), experts_of(model, expert_classes)
+    selected = select_targets(
+        list(linears),
+        targets=config.target_modules,
+        exclude=config.exclude_modules,
+        experts=[f"{fqn}.{weight}" for fqn, (_, kind) in experts.items() for weight in kind.expert_weights],
     )
+    weights: dict[str, list[str]] = {}
+    for fqn, _, weight in (name.rpartition(".") for name in selected if name not in linears):
+        weights.setdefault(fqn, []).append(weight)
+    targets = _called(model, [fqn for fqn in selected if fqn in linears], config)
     for fqn in targets:
         check_forward_is_called(fqn, linears[fqn])
-    configs = configs_of(config, targets)
-    adapted = [
-        add_adapter(
-            linears[fqn],
-            configs[fqn],
-            fqn=fqn,
-            canonical_name=canonical_name(fqn),
-            dtype=dtype,
-            factor_class=factor_class,
-        )
-        for fqn in targets
-    ]
+    for fqn in weights:
+        check_forward_is_called(fqn, experts[fqn][0])
+    configs = configs_of(config, targets, experts=list(weights))
+    for fqn in targets:
+        name = canonical_name(fqn)
+        add_adapter(linears[fqn], configs[fqn], fqn=fqn, canonical_name=name, dtype=dtype, factor_class=factor_class)
+    for fqn, own in weights.items():
+        module, kind = experts[fqn]
+        name = canonical_name(fqn)
+        add_expert_adapters(module, kind, configs[fqn], weights=own, fqn=fqn, canonical_name=name, dtype=dtype)
     freeze_base(model)
-    for linear in adapted:
-        if not linear.weight.is_meta:
-            linear.reset_adapter(seed)
+    adapted = list(adapted_modules(model))
+    for each in adapted:
+        if not next(iter(each.adapter_parameters().values())).is_meta:
+            each.reset_adapter(seed)
     return adapted
 
 
@@ -99,7 +109,7 @@ def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[st
     named = [p for p in config.target_modules if p != ALL_LINEAR and any(matches(p, fqn) for fqn in uncalled)]
     left = [fqn for fqn in targets if fqn not in uncalled]
     shown = ", ".join(f"{fqn} ({reader})" for fqn, reader in uncalled.items())
-    if named or not left:
+    if named or (uncalled and not left):
         raise ValueError(
             f"lora.target_modules = {config.target_modules}: the weights of {shown} are read without calling the "
             "linear, so that an adapter would do nothing. Name other linears, or add them to exclude_modules."
@@ -109,13 +119,20 @@ def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[st
     return left
 
 
-def configs_of(config: LoRAConfig, fqns: Sequence[str]) -> dict[str, LoRAConfig]:
-    """Name of an adapted linear -> its own settings: the rank and alpha that the patterns give it.
+def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str] = ()) -> dict[str, LoRAConfig]:
+    """Name of an adapted module -> its own settings: the rank and alpha that the patterns give it.
 
     Raises:
-        ValueError: A pattern matches none of `fqns`, or two disagree.
+        ValueError: A pattern matches none of the names, or two disagree, or experts are to have dropout.
     """
-    ranks = look_up("lora.rank_pattern", config.rank_pattern, fqns, config.rank)
+    if experts and config.dropout:
+        raise ValueError(
+            f"lora.dropout = {config.dropout}: adapters on routed experts have none, nor have PEFT's. Set it to 0, or "
+            "take experts out of lora.target_modules."
+        )
+    fqns = [*linears, *experts]
+    own = dict.fromkeys(experts, config.expert_rank or config.rank)
+    ranks = look_up("lora.rank_pattern", config.rank_pattern, fqns, config.rank, others=own)
     alphas = look_up("lora.alpha_pattern", config.alpha_pattern, fqns, config.alpha)
     each = {
         pair: config.of_one(rank=pair[0], alpha=pair[1])

@@ -35,6 +35,7 @@ class LoRAConfig:
     """
     Linears that get an adapter: 'all-linear' (every linear but the output head and MoE router gates), a name
     ('wq'), a dotted suffix ('attention.wq') or a glob on the full name ('layers.*.attention.w?').
+    'experts' (or '*.experts.w1', 'layers.3.moe.experts') names routed experts; other patterns never reach them.
     Every pattern must match something.
     """
 
@@ -50,9 +51,14 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Linears with another alpha, in the same way."""
 
+    expert_rank: int = 0
+    """Rank of adapters on routed experts, of which there are many; that of `rank` if 0."""
+
     def __post_init__(self) -> None:
         _check_rank("lora.rank", self.rank)
         _check_alpha("lora.alpha", self.alpha)
+        if isinstance(self.expert_rank, bool) or not isinstance(self.expert_rank, int) or self.expert_rank < 0:
+            raise ValueError(f"lora.expert_rank = {self.expert_rank!r}: must be an integer of at least 1, or 0.")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):

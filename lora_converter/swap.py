@@ -25,6 +25,11 @@ def _subclass(mixin: Any, cls: Any) -> type:
     return type(f"{mixin.__name__}[{cls.__name__}]", (mixin, cls), {"__module__": mixin.__module__, "_mixin": mixin})
 
 
+def swapped_in(cls: type) -> list[type]:
+    """The mixins of a class that swapping, and perhaps FSDP2, has made, the last one first."""
+    return [vars(base)["_mixin"] for base in cls.mro() if "_mixin" in vars(base)]
+
+
 def recipe_of(cls: type) -> Any:
     """A class that `subclass_with` has made, as (mixin, recipe of the rest); others as they are."""
     mixin = vars(cls).get("_mixin")

@@ -1,10 +1,11 @@
-"""From patterns to the exact set of linears, or an error that lists what there is.
+"""From patterns to the exact set of linears and experts, or an error that lists what there is.
 
 A selector that matches nothing is a mistake in a file that somebody will pay GPU hours for, so it is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TypeVar
 
 ALL_LINEAR = "all-linear"
@@ -15,20 +16,23 @@ _OUTPUT_HEADS = {"output", "lm_head"}
 _ROUTER_GATES = {"gate", "router"}
 
 
-def select_targets(linears: Sequence[str], *, targets: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the linears that get an adapter, in the model's order.
+def select_targets(
+    linears: Sequence[str], *, targets: Sequence[str], exclude: Sequence[str] = (), experts: Sequence[str] = ()
+) -> list[str]:
+    """Names of the linears and of the experts' weights that get an adapter, in the order given.
 
     Args:
         linears: Fully qualified names (FQNs) of all linears of the model.
         targets: Patterns to adapt (see `LoRAConfig.target_modules`).
         exclude: Patterns to leave out.
+        experts: FQNs of the weights of routed experts, `layers.1.moe.experts.w1`.
 
     Raises:
-        ValueError: A pattern matches no linear, or nothing is left after `exclude`.
+        ValueError: A pattern matches nothing, or nothing is left after `exclude`.
     """
-    included = _match_all("lora.target_modules", targets, linears)
-    excluded = _match_all("lora.exclude_modules", exclude, linears)
-    selected = [fqn for fqn in linears if fqn in included and fqn not in excluded]
+    included = _match_all("lora.target_modules", targets, linears, experts=experts, reaches=_names_experts)
+    excluded = _match_all("lora.exclude_modules", exclude, linears, experts=experts)
+    selected = [fqn for fqn in (*linears, *experts) if fqn in included and fqn not in excluded]
     if not selected:
         raise ValueError(
             f"lora.exclude_modules = {list(exclude)} leaves nothing of lora.target_modules = {list(targets)}: "
@@ -37,12 +41,20 @@ def select_targets(linears: Sequence[str], *, targets: Sequence[str], exclude: S
     return selected
 
 
-def look_up(option: str, table: Mapping[str, V], fqns: Sequence[str], default: V) -> dict[str, V]:
-    """The number that a table of patterns gives to each of the adapted linears `fqns`.
+def look_up(
+    option: str,
+    table: Mapping[str, V],
+    fqns: Sequence[str],
+    default: V,
+    *,
+    others: Mapping[str, V] = MappingProxyType({}),
+) -> dict[str, V]:
+    """The number that a table of patterns gives to each of the adapted modules `fqns`.
 
     Args:
         option: `lora.rank_pattern` or `lora.alpha_pattern`, for messages.
-        default: Of linears that no pattern matches.
+        default: Of modules that no pattern matches.
+        others: Of these modules instead.
 
     Raises:
         ValueError: A pattern matches none of them, or two give one of them different numbers.
@@ -53,16 +65,40 @@ def look_up(option: str, table: Mapping[str, V], fqns: Sequence[str], default: V
             other, before = found.setdefault(fqn, (pattern, value))
             if before != value:
                 raise ValueError(f"{option}: {other!r} gives {fqn} {before}, {pattern!r} gives it {value}. Keep one.")
-    return {fqn: found[fqn][1] if fqn in found else default for fqn in fqns}
+    return {fqn: found[fqn][1] if fqn in found else others.get(fqn, default) for fqn in fqns}
 
 
-def _match_all(option: str, patterns: Sequence[str], linears: Sequence[str], what: str = "linear") -> set[str]:
+def _reaches(pattern: str, weight: str) -> bool:
+    """Whether a pattern means a weight of routed experts: by its own name, or by that of the module."""
+    return pattern != ALL_LINEAR and (matches(pattern, weight) or matches(pattern, weight.rpartition(".")[0]))
+
+
+def _names_experts(pattern: str, weight: str) -> bool:
+    """Whether a target means a weight of routed experts: it reaches it, and one of its dotted parts is their name.
+
+    'layers.1.*' and 'w1' are said of linears. Experts are many, and nobody should get them without having said so.
+    """
+    name = weight.split(".")[-2]
+    named = any(part.strip("*?") and fnmatchcase(name, part) for part in pattern.split("."))
+    return named and _reaches(pattern, weight)
+
+
+def _match_all(
+    option: str,
+    patterns: Sequence[str],
+    linears: Sequence[str],
+    what: str = "linear",
+    *,
+    experts: Sequence[str] = (),
+    reaches: Callable[[str, str], bool] = _reaches,
+) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {fqn for fqn in linears if matches(pattern, fqn)}
+        hits = {fqn for fqn in linears if matches(pattern, fqn)} | {fqn for fqn in experts if reaches(pattern, fqn)}
         if not hits:
+            also = f", and experts have {_names(experts)}" if experts else ""
             raise ValueError(
-                f"{option}: {pattern!r} matches no {what} of the model; the {what}s are {_names(linears)}."
+                f"{option}: {pattern!r} matches no {what} of the model; the {what}s are {_names(linears)}{also}."
                 f"{_REGULAR_EXPRESSION * any(c in pattern for c in _ONLY_THERE)}"
             )
         matched |= hits

@@ -11,7 +11,7 @@ sum is right for both. The gradient of x is what the base's own is, Partial and 
 The gradient of a whole factor is a partial sum: beside a column-wise base each rank back-propagates through its own
 columns of B, beside a row-wise base each sees its own part of x Aᵀ. Nothing between the backward and the optimizer
 needs the sum, and everything there is linear (accumulation over micro-batches, FSDP2's reduction, pipeline stages), so
-it is taken once per step: all such gradients in one flat buffer, one all-reduce per mesh and dtype. Under FSDP2 the
+it is taken once per step: all such gradients in one flat buffer, one all-reduce per group and dtype. Under FSDP2 the
 buffer holds this rank's shards only.
 
 Until then a gradient's placement says Replicate, because FSDP2 would otherwise sum each one by itself, and again at
@@ -98,6 +98,32 @@ def shard_of_features(value: torch.Tensor, mesh: DeviceMesh, size: int) -> torch
     return value[..., start : start + size].contiguous()
 
 
+def place_beside(factor: nn.Parameter, weight: DTensor, *, shared_dim: int) -> nn.Parameter:
+    """A factor of stacked experts, (experts, features, rank), sharded as its weight asks: by expert, or by features.
+
+    Args:
+        shared_dim: The weight's dim that is the factor's features: 2 for A, 1 for B. Along the other it stays whole.
+    """
+    if isinstance(factor, DTensor):
+        return factor
+    dims = {0: Shard(0), shared_dim: Shard(1)}
+    placements = [dims.get(getattr(p, "dim", -1), Replicate()) for p in weight.placements]
+    placed = distribute_tensor(factor.detach(), weight.device_mesh, placements)
+    return nn.Parameter(placed, requires_grad=factor.requires_grad)
+
+
+def whole_beside(factor: nn.Parameter, weight: nn.Parameter) -> DeviceMesh | None:
+    """The mesh over which a factor that `place_beside` has placed is whole while its weight is sharded, if any."""
+    if not (isinstance(factor, DTensor) and isinstance(weight, DTensor)):
+        return None
+    mesh = factor.device_mesh
+    for dim, (mine, its) in enumerate(zip(factor.placements, weight.placements, strict=True)):
+        if mine.is_replicate() and not its.is_replicate():
+            assert mesh.mesh_dim_names is not None
+            return mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dim]]
+    return None
+
+
 def mark_partial_gradients(model: nn.Module) -> None:
     """Marks the parameters whose gradients are partial sums. Call when FSDP2 has made the parameters that train."""
     for module in adapted_modules(model):
@@ -110,9 +136,10 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> int:
     """Completes the gradients of marked parameters, in place. Call once per step, before clipping.
 
     Returns:
-        The number of all-reduces: one per mesh and dtype, none without tensor parallelism.
+        The number of all-reduces: one per group of ranks and dtype, none without tensor parallelism.
     """
     buffers: dict[tuple, list[torch.Tensor]] = defaultdict(list)
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for param in parameters:
         grad, mesh = param.grad, getattr(param, _MARK, None)
         if grad is None:
@@ -122,10 +149,13 @@ def sum_partial_gradients(parameters: Iterable[nn.Parameter]) -> int:
             mesh = grad.device_mesh
             param.grad = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
         if mesh is not None:
-            buffers[mesh, local.dtype, local.device].append(local)
-    for (mesh, _, _), grads in buffers.items():
+            # Experts have a mesh of their own, of the same ranks.
+            ranks = tuple(dist.get_process_group_ranks(mesh.get_group()))
+            groups.setdefault(ranks, mesh.get_group())
+            buffers[ranks, local.dtype, local.device].append(local)
+    for (ranks, _, _), grads in buffers.items():
         flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat, group=mesh.get_group())
+        dist.all_reduce(flat, group=groups[ranks])
         parts = flat.split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
     return len(buffers)

@@ -1,7 +1,7 @@
 """Tensors that may be sharded: the whole, this rank's part, and one in the layout of the other."""
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
@@ -30,3 +30,15 @@ def local_part(value: torch.Tensor) -> torch.Tensor:
 def is_finite(value: torch.Tensor) -> bool:
     """Whether an unsharded tensor holds neither nan nor inf. Takes no mask of its size."""
     return not value.numel() or all(bool(extreme.isfinite()) for extreme in value.aminmax())
+
+
+def local_indices(value: torch.Tensor, dim: int) -> torch.Tensor:
+    """Which indices of a dim of the whole tensor this rank holds, in its order, on the CPU. No communication."""
+    indices = torch.arange(value.shape[dim])
+    if not isinstance(value, DTensor):
+        return indices
+    # In a tensor of as many dims, so that the placements can stay what they are.
+    shape = [len(indices) if d == dim else 1 for d in range(value.ndim)]
+    placements = [p if getattr(p, "dim", None) == dim else Replicate() for p in value.placements]
+    whole = indices.view(shape).to(value.device_mesh.device_type)
+    return distribute_tensor(whole, value.device_mesh, placements, src_data_rank=None).to_local().flatten().cpu()

@@ -64,8 +64,10 @@ def full(block: Block) -> nn.Module:
 
 
 def ours(block: Block) -> nn.Module:
-    for linear in apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=block.wq.weight.dtype):
-        linear.lora_b.weight.data.normal_(std=0.01)
+    apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=block.wq.weight.dtype)
+    for linear in block.modules():
+        if isinstance(linear, LoRALinear):
+            linear.lora_b.weight.data.normal_(std=0.01)
     return block
 
 

@@ -101,6 +101,7 @@ class Description:
             ("model.flavor", self.flavor, job.flavor),
         ]
         pairs += [(f"lora.{name}", self.lora.get(name), job.lora[name]) for name in _MUST_AGREE]
+        pairs.append(("lora.expert_rank", self.lora.get("expert_rank", 0), job.lora["expert_rank"]))
         found = [f"{option} is {value!r} there and {ours!r} here" for option, value, ours in pairs if value != ours]
         there, here = set(there), set(here)
         if not found:

@@ -12,6 +12,7 @@ from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.ranks import agreed, gather_all, gather_to_first, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
+from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor
 
 
@@ -108,5 +109,4 @@ class RunModel:
 
 def _kind(module: AdaptedModule) -> type[AdaptedModule]:
     """The kind itself, of the classes that swapping has stacked up."""
-    mro = type(module).mro()
-    return mro[mro.index(AdaptedModule) - 1]
+    return next(mixin for mixin in swapped_in(type(module)) if issubclass(mixin, AdaptedModule))

@@ -13,6 +13,7 @@ from torchtitan.protocols import model_converter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
+from lora_converter.adapted import check_peft_forms
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.figures import percent, short
@@ -34,6 +35,7 @@ from lora_converter.titan.checks import (
     warn_of_wrong_router_gradients,
 )
 from lora_converter.titan.compiling import allow_kinds_of_layers
+from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.installed import install
 from lora_converter.titan.job import job_of
@@ -64,7 +66,7 @@ class LoRAConverter:
         install()  # a config module of the user's own may have been imported long before
 
     def convert(self, model: nn.Module) -> None:
-        """Adapters on the selected linears, everything else frozen, the model's class swapped. In place."""
+        """Adapters on the selected linears and experts, all else frozen, the model's class swapped. In place."""
         job_config = self.job_config
         try:
             path = job_config.lora.initial_adapter_path
@@ -75,8 +77,9 @@ class LoRAConverter:
 
                 freeze_float8_linears(model)
             job = job_of(job_config)
-            adapted = apply_lora(model, job.config, seed=job.seed)
+            adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES)
             if job.exports_peft:
+                check_peft_forms(adapted)
                 self._check_results(model, [linear.lora_fqn for linear in adapted])
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
@@ -114,8 +117,10 @@ class LoRAConverter:
 
 def describe(count: ParameterCount, config: LoRAConfig) -> str:
     """One log line with counts."""
+    adapted = " and ".join(f"{number} {kind}" for kind, number in count.kinds.items())
+    expert_rank = f" and {config.expert_rank}" if config.expert_rank and len(count.kinds) > 1 else ""
     return (
-        f"LoRA: {count.adapted} linears adapted (rank {config.rank}, alpha {config.alpha:g}), "
+        f"LoRA: {adapted} adapted (rank {config.rank}{expert_rank}, alpha {config.alpha:g}), "
         f"{short(count.trainable)} of {short(count.total)} parameters train "
         f"({percent(count.trainable / count.total, 2)})"
     )

@@ -25,6 +25,7 @@ from lora_converter.ranks import on_first_rank
 from lora_converter.run.claim import Claim
 from lora_converter.run.preemption import Preemption
 from lora_converter.titan.checks import check_settings
+from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.host import end_process, log_phase
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.job import FULL_PHASE_FOLDER, full_phase_result
@@ -72,9 +73,10 @@ def run_full_phase(job_config: Any) -> list[str]:
 
 
 def _check_targets(job_config: Any) -> None:
-    """Selects the linears of phase 2 on a model without weights: a wrong name is told before phase 1, not after it."""
+    """Selects the targets of phase 2 on a model without weights: a wrong name is told before phase 1, not after it."""
     spec = get_train_spec(job_config.model.name)
-    apply_lora(built_on_meta(spec, spec.model_args[job_config.model.flavor], job_config), job_config.lora)
+    model = built_on_meta(spec, spec.model_args[job_config.model.flavor], job_config)
+    apply_lora(model, job_config.lora, expert_classes=EXPERT_CLASSES)
 
 
 def full_phase_config(job_config: Any) -> Any:

@@ -1,0 +1,180 @@
+"""Routed experts with a low-rank adapter each, made by swapping the class of the module that holds them.
+
+    y_e = x_e W_eᵀ + s · (x_e A_e) B_eᵀ        per expert e and product;  W frozen
+
+The weights of all experts of a layer are one parameter per product, W (experts, out_features, in_features). So are the
+factors: `<weight>_lora_a` (experts, in_features, rank) and `<weight>_lora_b` (experts, out_features, rank). Here is
+what is the same on every host. A host's class derives from `LoRAExperts`, says what the weights are called, and has the
+forward: how rows come to experts, and what stands between the products, is the host's affair.
+
+Under expert parallelism factors are sharded as the weights are, by expert. Under tensor parallelism a factor is sharded
+along the features that it shares with its weight, as beside a linear (`tensor_parallel.py`):
+
+    weight column-wise   Shard(1)   A Replicate   B Shard(1)
+    weight row-wise      Shard(2)   A Shard(1)    B Replicate
+
+No activation needs a collective for it, and the gradient of a whole factor is a partial sum.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lora_converter.adapted import AdaptedModule, adapt, stable_hash
+from lora_converter.config import LoRAConfig
+from lora_converter.grouped import grouped_linear
+from lora_converter.names import plain_modules
+from lora_converter.ops import low_rank_linear
+from lora_converter.tensor_parallel import place_beside, whole_beside
+from lora_converter.tensors import full_tensor, local_indices, local_part
+
+Tensor = torch.Tensor
+E = TypeVar("E", bound="LoRAExperts")
+
+
+class LoRAExperts(AdaptedModule):
+    """What a module of routed experts gains: a trained low-rank update per expert. A host derives from it."""
+
+    adapter_kind = "experts modules"
+
+    expert_weights: ClassVar[tuple[str, ...]] = ()
+    """Base weights that can be adapted, each (experts, out_features, in_features)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = [_factor_names(weight) for weight in cls.expert_weights]
+        cls.adapter_parameter_names = tuple(name for pair in names for name in pair)
+        cls.zero_at_start = tuple(b for _, b in names)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self.get_parameter(name) for name in self.adapter_parameter_names if name in self._parameters}
+
+    def merged_names(self) -> list[str]:
+        return [weight for weight in self.expert_weights if _factor_names(weight)[0] in self._parameters]
+
+    def per_expert(self, weight: str) -> Callable[[int, Tensor], Tensor]:
+        """A product as a function of an expert of this rank and its rows, x_e (rows, in_features)."""
+        # Unbound, since the gradients of slices would be added up over the whole factor, expert by expert.
+        weights = local_part(self.get_parameter(weight)).unbind()
+        if weight not in self.merged_names():
+            return lambda expert, x: F.linear(x, weights[expert])
+        a, b = (factor.unbind() for factor in self._local_factors(weight))
+        scaling = self.lora_config.scaling
+        return lambda e, x: low_rank_linear(x, weights[e], None, a[e].t(), b[e], scaling=scaling)
+
+    def grouped_product(self, weight: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """A product of all experts of this rank in x's dtype: x (rows, in_features), sorted by expert.
+
+        Args:
+            offsets: Where each expert's rows end, int32, (experts of this rank).
+        """
+        base = local_part(self.get_parameter(weight)).to(x.dtype)
+        if weight not in self.merged_names():
+            return torch._grouped_mm(x, base.transpose(-2, -1), offs=offsets)
+        return grouped_linear(x, base, *self._local_factors(weight), offsets, scaling=self.lora_config.scaling)
+
+    def _factors(self, weight: str) -> tuple[nn.Parameter, nn.Parameter]:
+        a, b = _factor_names(weight)
+        return self.get_parameter(a), self.get_parameter(b)
+
+    def _local_factors(self, weight: str) -> tuple[Tensor, Tensor]:
+        a, b = self._factors(weight)
+        return local_part(a), local_part(b)
+
+    @torch.no_grad()
+    def reset_adapter(self, seed: int) -> None:
+        """A as a linear's, uniform in ±1/√in_features, of each expert by itself; B zero.
+
+        An expert's values follow from the seed, the canonical name and the expert's number. A rank draws those of the
+        experts that it holds, on the CPU in fp32 and whole, and keeps its slice.
+        """
+        for weight in self.merged_names():
+            a, b = self._factors(weight)
+            _, in_features, rank = a.shape
+            bound, features, own = 1 / math.sqrt(in_features), local_indices(a, 1), local_part(a)
+            for row, expert in enumerate(local_indices(a, 0).tolist()):
+                name = f"{seed}:{self.lora_canonical_name}.{weight}:{expert}"
+                generator = torch.Generator().manual_seed(stable_hash(name))
+                values = torch.empty(in_features, rank).uniform_(-bound, bound, generator=generator)
+                own[row].copy_(values[features])
+            b.zero_()
+
+    @torch.no_grad()
+    def delta_weights(self) -> dict[str, Tensor]:
+        """Weight -> s · B_e A_eᵀ of every expert: full, (experts, out_features, in_features), fp32."""
+        deltas = {}
+        for weight in self.merged_names():
+            a, b = (full_tensor(factor).float() for factor in self._factors(weight))
+            deltas[weight] = (b @ a.transpose(-2, -1)).mul_(self.lora_config.scaling)
+        return deltas
+
+    def whole_over(self) -> dict[str, DeviceMesh]:
+        found: dict[str, DeviceMesh] = {}
+        for weight in self.merged_names():
+            for name in _factor_names(weight):
+                mesh = whole_beside(self.get_parameter(name), self.get_parameter(weight))
+                found |= {name: mesh} if mesh is not None else {}
+        return found
+
+    def remove_adapter(self) -> None:
+        for name in self.adapter_parameters():
+            delattr(self, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`'s. Where a weight is sharded, its factors go with it: plans for the weights know none."""
+        super().register_parameter(name, param)
+        if name in self.expert_weights and isinstance(param, DTensor) and name in self.merged_names():
+            for factor, shared_dim in zip(_factor_names(name), (2, 1), strict=True):
+                placed = place_beside(self.get_parameter(factor), param, shared_dim=shared_dim)
+                super().register_parameter(factor, placed)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.lora_config.rank}, alpha={self.lora_config.alpha} on {', '.join(self.merged_names())}"
+
+
+def _factor_names(weight: str) -> tuple[str, str]:
+    return f"{weight}_lora_a", f"{weight}_lora_b"
+
+
+ExpertClasses = Mapping[type[nn.Module], type[LoRAExperts]]
+"""A host's classes of experts modules -> the kinds that adapt them."""
+
+
+def add_expert_adapters(
+    experts: nn.Module,
+    kind: type[E],
+    config: LoRAConfig,
+    *,
+    weights: list[str],
+    fqn: str,
+    canonical_name: str = "",
+    dtype: torch.dtype | None = None,
+) -> E:
+    """Turns `experts` into a module of `kind` in place; its parameters are not touched. The adapter is left unset.
+
+    Args:
+        weights: Those of `kind.expert_weights` that get factors.
+        fqn: Its name in the whole model.
+        canonical_name: Its name on any host; `fqn` if left out.
+        dtype: Dtype of the factors; fp32 if left out, or the weights' if that is wider.
+    """
+    adapted = adapt(experts, kind, config, fqn=fqn, canonical_name=canonical_name)
+    for weight in weights:
+        base = adapted.get_parameter(weight)
+        count, out_features, in_features = base.shape
+        for name, features in zip(_factor_names(weight), (in_features, out_features), strict=True):
+            kept = dtype or torch.promote_types(base.dtype, torch.float32)
+            factor = torch.empty(count, features, config.rank, device=base.device, dtype=kept)
+            adapted.register_parameter(name, nn.Parameter(factor))
+    return adapted
+
+
+def experts_of(model: nn.Module, classes: ExpertClasses) -> dict[str, tuple[nn.Module, type[LoRAExperts]]]:
+    """Plain name -> the experts modules of a model, each with the kind that adapts it."""
+    return {fqn: (module, classes[type(module)]) for fqn, module in plain_modules(model) if type(module) in classes}
