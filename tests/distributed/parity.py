@@ -27,7 +27,10 @@ TP2 = ["--parallelism.tensor_parallel_degree=2"]
 PP2 = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_microbatch_size=2"]
 CP2 = ["--parallelism.context_parallel_degree=2"]
 FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
+FSDP4 = ["--parallelism.data_parallel_shard_degree=4"]
 EP2 = ["--parallelism.expert_parallel_degree=2"]
+EP4 = ["--parallelism.expert_parallel_degree=4"]
+ETP2 = ["--parallelism.expert_tensor_parallel_degree=2"]
 INTERLEAVED = ["--parallelism.pipeline_parallel_schedule=Interleaved1F1B"]
 REPLICATE2 = ["--parallelism.data_parallel_replicate_degree=2"]
 DDP2 = [*REPLICATE2, "--parallelism.data_parallel_shard_degree=1"]
@@ -92,13 +95,15 @@ TABLE = {
     "PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2),
     "MoE, FSDP2": row(2, FSDP2, model="deepseek_v3"),
     "MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3"),
-    "MoE, EP2 x TP2": row(4, FSDP2, EP2, TP2, ["--parallelism.expert_tensor_parallel_degree=2"], model="deepseek_v3"),
+    "MoE, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_v3"),
 }
 """The rows of the table in docs/parallelism.md."""
 
 DROPOUT = ("--lora.dropout=0.2",)
 PATTERNS = ("--lora.rank_pattern", "wq", "3", "layers.1.feed_forward.*", "6", "--lora.alpha_pattern", "w2", "5.0")
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
+EXPERTS_TOO = ("--lora.target_modules=all-linear,experts", "--lora.expert_rank=3")
+EXPERTS_ALONE = ("--lora.target_modules=*.experts.w1,*.experts.w2",)
 VARIANTS = {
     "rank 3 and the output head, TP2": row(2, TP2, job=("--lora.rank=3", *HEAD_TOO)),
     "qwen3 and the output head, TP2": row(2, TP2, model="qwen3", job=HEAD_TOO),
@@ -137,6 +142,24 @@ VARIANTS = {
     "gpt_oss, FSDP2": row(2, FSDP2, model="gpt_oss"),
     "gpt_oss, EP2": row(2, FSDP2, EP2, model="gpt_oss"),
     "gpt_oss, TP2": row(2, TP2, model="gpt_oss"),
+    "experts of qwen3, FSDP2": row(2, FSDP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3, EP2": row(2, FSDP2, EP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3, TP2": row(2, TP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3, PP2": row(2, PP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3, CP2": row(2, CP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3, DDP2": row(2, DDP2, model="qwen3_moe", job=EXPERTS_TOO),
+    "experts of qwen3 alone, EP2 x FSDP2": row(4, FSDP4, EP2, model="qwen3_moe", job=EXPERTS_ALONE),
+    "experts of deepseek_v3, FSDP2": row(2, FSDP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, EP2": row(2, FSDP2, EP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, TP2": row(2, TP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, PP2": row(2, PP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, CP2": row(2, CP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, HSDP 2x2": row(4, REPLICATE2, FSDP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, EP4": row(4, FSDP4, EP4, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of deepseek_v3, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts of llama4, EP2": row(2, FSDP2, EP2, model="llama4", job=EXPERTS_TOO),
+    "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
+    "experts and selective AC by op, TP2": row(2, TP2, OP_SAC, model="qwen3_moe", job=EXPERTS_TOO),
 }
 """The same claim for what layouts meet in practice."""
 
@@ -208,7 +231,7 @@ def feed_global_batches(run: Run) -> None:
 def fill_b(run: Run) -> None:
     for part in run.trainer.model_parts:
         for name, param in adapter_parameters(part).items():
-            if name.endswith("lora_b.weight"):
+            if name.endswith(("lora_b.weight", "_lora_b")):
                 generator = torch.Generator().manual_seed(stable_hash(name))
                 copy_full_(param, torch.empty(param.shape).normal_(std=0.05, generator=generator))
 

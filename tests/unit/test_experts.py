@@ -1,5 +1,5 @@
-"""Adapters on routed experts, against the same MoE layer in plain PyTorch: one expert after the other, explicit A and B,
-gradients by autograd.
+"""Adapters on routed experts, against the same MoE layer in plain PyTorch: one expert after the other, explicit A and
+B, gradients by autograd.
 """
 
 import math
@@ -285,7 +285,7 @@ def test_ranks_of_experts() -> None:
     assert rank() == (3, 32 / 3)
     assert rank(expert_rank=2) == (2, 16)
     assert rank(expert_rank=2, rank_pattern={"experts": 4}, alpha_pattern={"moe.experts": 2}) == (4, 0.5)
-    with pytest.raises(ValueError, match="lora.expert_rank = -1: must be an integer of at least 1, or 0"):
+    with pytest.raises(ValueError, match=r"lora.expert_rank = -1: must be an integer of at least 1, or 0"):
         LoRAConfig(expert_rank=-1)
 
 
