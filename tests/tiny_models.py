@@ -40,6 +40,9 @@ qwen3_args["tiny_moe"] = replace(
     moe_args=MoEArgs(num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True),
 )
 qwen3_args["tiny_tied"] = replace(qwen3_args["tiny"], enable_weight_tying=True)
+qwen3_args["tiny_loop"] = replace(  # for torchtitan's grouped products are bf16, on CPU too
+    qwen3_args["tiny_moe"], moe_args=replace(qwen3_args["tiny_moe"].moe_args, use_grouped_mm=False)
+)
 llama4_args["tiny"] = Llama4ModelArgs(
     **TINY,
     every_n_layers_nope=None,
@@ -77,6 +80,7 @@ MODELS = {
     "qwen3": ["--model.name=qwen3"],
     "qwen3_tied": ["--model.name=qwen3", "--model.flavor=tiny_tied"],
     "qwen3_moe": ["--model.name=qwen3", "--model.flavor=tiny_moe"],
+    "qwen3_loop": ["--model.name=qwen3", "--model.flavor=tiny_loop"],
     "llama4": ["--model.name=llama4"],
     "gpt_oss": ["--model.name=gpt_oss_in_fp32"],
 }

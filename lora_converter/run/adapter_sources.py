@@ -136,7 +136,7 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     """Refuses a step of another run. Returns the fingerprint of its base."""
     assert step.stored is not None
     described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
-    there, foreign = adapters_in(step.stored, model.kinds, model.base_names())
+    there, foreign = adapters_in(step.stored, model.kinds, model.base_names(), ours=model.adapter_names())
     here = model.adapted_fqns()
     return check_same_run(f"{step.path}", described, model.description, there=there, here=here, foreign=foreign)
 

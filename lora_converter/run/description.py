@@ -107,7 +107,7 @@ class Description:
         if not found:
             found = self._pattern_differences(job, sorted(there & here))
         for where, more in (("there", there - here), ("here", here - there)):
-            found += [f"{len(more)} linears are adapted only {where}: {', '.join(sorted(more))}"] if more else []
+            found += [f"{len(more)} modules are adapted only {where}: {', '.join(sorted(more))}"] if more else []
         return found
 
     def data_differences(self, data: dict[str, Any]) -> list[str]:
@@ -129,20 +129,23 @@ class Description:
 
 
 def adapters_in(
-    stored: Metadata, kinds: Iterable[type[AdaptedModule]], base: Iterable[str]
+    stored: Metadata, kinds: Iterable[type[AdaptedModule]], base: Iterable[str], *, ours: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:
     """The adapted modules of a step, and what else it holds of a model that is not the base's.
 
     Args:
         kinds: Kinds of adapted modules whose parameters are known.
         base: Names of the base's own entries.
+        ours: Adapter parameters of the job. What more a step has of their modules is none of the job's.
     """
     states = tuple(f"{part}." for part in PARTS if part != MODEL)
     names = [name for name in stored.state_dict_metadata if not name.startswith(states)]
     kinds = list(kinds)
     modules = modules_of(names, kinds)
-    known = {f"{module}.{name}" for module in modules for kind in kinds for name in kind.adapter_parameter_names}
-    return modules, sorted(set(names) - known - set(base))
+    ours = set(ours)
+    others = set(modules) - set(modules_of(ours, kinds))
+    known = {f"{module}.{name}" for module in others for kind in kinds for name in kind.adapter_parameter_names}
+    return modules, sorted(set(names) - known - ours - set(base))
 
 
 def _matching(table: dict[str, Any], fqns: list[str]) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class RunModel:
         """The adapted modules of all ranks. A collective."""
         return sorted(union_over_ranks([module.lora_fqn for module in self.adapted]))
 
+    def adapter_names(self) -> list[str]:
+        """The adapters' parameters of all ranks. A collective."""
+        return union_over_ranks(sorted(self._names))
+
     def base_names(self) -> list[str]:
         """The base's entries of all ranks. A collective."""
         return union_over_ranks(list(self.base.state_dict()))

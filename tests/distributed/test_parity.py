@@ -51,7 +51,7 @@ def test_a_layout_is_the_run_of_one_rank(verdicts: dict[str, Any], name: str) ->
     if name in COMPILED and NO_COMPILER:
         pytest.skip("torch.compile needs a C++ compiler for CPU kernels: no g++")
     assert not verdicts[name]["error"], verdicts[name]["error"]
-    figures = verdicts[name]["figures"]
-    assert figures["loss"] < 1e-5
-    assert figures["adapter"] < 1e-4
-    assert figures["grad_norm"] < 1e-5
+    figures, rounding = verdicts[name]["figures"], ALL_ROWS[name].rounding
+    assert figures["loss"] < 1e-5 * rounding
+    assert figures["adapter"] < 1e-4 * rounding
+    assert figures["grad_norm"] < 1e-5 * rounding

@@ -60,7 +60,7 @@ def test_other_settings_are_refused_with_all_differences(way: str, hf_base: Path
     assert message.startswith(
         f"{step(tmp_path / 'run', 2)} was trained with other settings: model.flavor is 'tiny' there and 'tiny_twin' "
         "here; lora.rank is 4 there and 8 here; lora.alpha is 32.0 there and 8.0 here; lora.use_rslora is False there "
-        "and True here; 20 linears are adapted only there: "
+        "and True here; 20 modules are adapted only there: "
     )
     assert all(name in message for name in names)
     assert message.endswith(". Use its settings, or start anew.")
