@@ -28,6 +28,7 @@ PP2 = ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_paral
 CP2 = ["--parallelism.context_parallel_degree=2"]
 FSDP2 = ["--parallelism.data_parallel_shard_degree=2"]
 FSDP4 = ["--parallelism.data_parallel_shard_degree=4"]
+FSDP8 = ["--parallelism.data_parallel_shard_degree=8"]
 EP2 = ["--parallelism.expert_parallel_degree=2"]
 EP4 = ["--parallelism.expert_parallel_degree=4"]
 ETP2 = ["--parallelism.expert_tensor_parallel_degree=2"]
@@ -152,6 +153,8 @@ VARIANTS = {
     "experts of qwen3, DDP2": row(2, DDP2, model="qwen3_loop", job=EXPERTS_TOO),
     "experts of qwen3 alone, EP2 x FSDP2": row(4, FSDP4, EP2, model="qwen3_loop", job=EXPERTS_ALONE),
     "experts of qwen3 in grouped products, EP2": row(2, FSDP2, EP2, model="qwen3_moe", job=EXPERTS_TOO, rounding=100),
+    "experts of qwen3, TP2 x FSDP2": row(4, TP2, FSDP2, model="qwen3_loop", job=EXPERTS_TOO),
+    "experts of qwen3, EP4 x FSDP2 by features": row(8, FSDP8, EP4, model="qwen3_loop", job=EXPERTS_TOO),
     "experts of deepseek_v3, FSDP2": row(2, FSDP2, model="deepseek_v3", job=EXPERTS_TOO),
     "experts of deepseek_v3, EP2": row(2, FSDP2, EP2, model="deepseek_v3", job=EXPERTS_TOO),
     "experts of deepseek_v3, TP2": row(2, TP2, model="deepseek_v3", job=EXPERTS_TOO),

@@ -256,6 +256,7 @@ def test_what_is_excluded_is_excluded_whatever_it_is() -> None:
     assert selected("all-linear", "experts", exclude=("experts",)) == LINEARS
     assert selected("all-linear", "experts", exclude=("w2", "wq")) == [*ALL[::2], *LINEARS[:3:2]]
     assert selected("experts", "wq", exclude=("moe.*",)) == ["wq"]
+    assert selected("experts", "all-linear", exclude=("all-linear",)) == ALL
 
 
 def test_a_model_without_experts_says_what_there_is() -> None:
