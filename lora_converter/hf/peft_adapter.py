@@ -9,7 +9,8 @@ import torch
 from lora_converter.config import scaling
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.peft_config import PEFT_VERSION
-from lora_converter.hf.peft_patterns import exact_pattern
+from lora_converter.hf.peft_patterns import patterns_of
+from lora_converter.hf.stacked import is_weight, stacked_names
 from lora_converter.tensors import is_finite
 
 
@@ -18,7 +19,9 @@ class PeftAdapter:
     """An adapter in Hugging Face's names.
 
     Attributes:
-        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank). Each has a rank of its own.
+        factors: Module -> (A, B), shapes (rank, in_features) and (out_features, rank). Each has a rank of its own. Of
+            stacked experts the parameter's full name -> A (experts, rank, P), B (experts, Q, rank), where P and Q are
+            what PEFT's file has there; `experts.py` says which is which.
         rank: Of the modules, if they have one; else the most common.
         alpha: Of the modules that `alphas` does not name.
         target_modules: As PEFT matches them: whole names, or last parts of names.
@@ -39,9 +42,11 @@ class PeftAdapter:
     alphas: dict[str, float] = field(default_factory=dict)
     """Module -> alpha, of those with another one than `alpha`."""
     target_parameters: list[str] = field(default_factory=list)
-    """Modules, named by their weights, that PEFT would mistake for experts' if it were given them as modules."""
+    """Stacked experts' parameters, and linears, named by their weights, that PEFT would mistake for experts'."""
     base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     """Key -> weight of the base that PEFT stores beside the factors of an embedding, a head or a resized vocabulary."""
+    peft_version: str = PEFT_VERSION
+    """Whose rules tell which way round factors of stacked experts are; empty of a file that does not say."""
 
     @property
     def scaling(self) -> float:
@@ -65,7 +70,7 @@ class PeftAdapter:
 
     def rank_of(self, module: str) -> int:
         """The rank of one module."""
-        return self.factors[module][0].shape[0]
+        return self.factors[module][0].shape[-2]
 
     def alpha_of(self, module: str) -> float:
         """The alpha of one module."""
@@ -76,18 +81,22 @@ class PeftAdapter:
         return scaling(self.rank_of(module), self.alpha_of(module), self.use_rslora)
 
     def delta_weight(self, module: str) -> torch.Tensor:
-        """The update of a module's weight, in the weight's own shape as `fan_in_fan_out` has it, fp32."""
-        left, right = self.delta_factors(module, transposed=self.fan_in_fan_out)
+        """The update of a module's weight, in the weight's own shape as `fan_in_fan_out` has it, fp32.
+
+        Of stacked experts (experts, Q, P).
+        """
+        transposed = self.fan_in_fan_out and self.factors[module][0].ndim == 2
+        left, right = self.delta_factors(module, transposed=transposed)
         return self.scaling_of(module) * (left @ right)
 
     def delta_factors(self, module: str, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two matrices whose product, scaled, is the update, fp32; rows of the first give its rows.
+        """Two matrices whose product, scaled, is the update, fp32; rows of the first give its rows. Experts come first.
 
         Args:
-            transposed: The weight is (in_features, out_features).
+            transposed: The weight is (in_features, out_features), or (experts, P, Q).
         """
         a, b = (factor.float() for factor in self.factors[module])
-        return (a.t(), b.t()) if transposed else (b, a)
+        return (a.mT, b.mT) if transposed else (b, a)
 
     def check_finite(self, what: str) -> None:
         """Refuses factors that hold nan or inf.
@@ -113,14 +122,17 @@ def base_weights_in_training(what: str, base_weights: Iterable[str]) -> str:
 
 def config_of(adapter: PeftAdapter) -> dict[str, Any]:
     """`adapter_config.json`: every field that a reader may look at; PEFT fills in its defaults for the rest."""
-    everything = list(adapter.factors)
-    ranks = {module: adapter.rank_of(module) for module in everything}
-    alphas = {module: _short_number(adapter.alpha_of(module)) for module in everything}
-    alpha = _short_number(adapter.alpha)
+    ranks = {module: adapter.rank_of(module) for module in adapter.factors}
+    alphas = {module: adapter.alpha_of(module) for module in adapter.factors}
+    stacked = stacked_names(adapter.factors)
+    parameters = [*filter(is_weight, adapter.target_parameters), *stacked]
+    rank_pattern, alpha_pattern = patterns_of(
+        ranks, alphas, adapter.rank, adapter.alpha, use_rslora=adapter.use_rslora, as_parameters=parameters
+    )
     only_if_on = {
-        "alpha_pattern": exact_pattern(alphas, alpha, everything, as_parameters=adapter.target_parameters),
-        "rank_pattern": exact_pattern(ranks, adapter.rank, everything, as_parameters=adapter.target_parameters),
-        "target_parameters": sorted(adapter.target_parameters),
+        "alpha_pattern": {key: _short_number(alpha) for key, alpha in alpha_pattern.items()},
+        "rank_pattern": rank_pattern,
+        "target_parameters": sorted(parameters),
     }
     return {
         **{name: value for name, value in only_if_on.items() if value},
@@ -129,11 +141,11 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if adapter.target_parameters else adapter.dropout,
+        "lora_alpha": _short_number(adapter.alpha),
+        "lora_dropout": 0.0 if parameters else adapter.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "peft_version": PEFT_VERSION,
+        "peft_version": adapter.peft_version if stacked else PEFT_VERSION,
         "r": adapter.rank,
         "target_modules": sorted(adapter.target_modules),
         "task_type": "CAUSAL_LM",

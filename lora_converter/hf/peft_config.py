@@ -115,7 +115,7 @@ FIELDS: dict[str, Field] = {
         "shown by inspect; the factors' own names say what is adapted", _A_NAME_LIST, _is_name_list
     ),
     "target_parameters": _read(
-        "linears named by their weights; the factors' names and shapes say whether they are linears",
+        "stacked experts, of which it says which parameters are adapted, and linears named by their weights",
         "a list of strings",
         lambda value: isinstance(value, list) and _is_name_list(value),
     ),
@@ -143,7 +143,11 @@ FIELDS: dict[str, Field] = {
     "megatron_config": _refused("the base's linears are Megatron's"),
     "task_type": _ignored("which head transformers puts on"),
     "auto_mapping": _ignored("which class PEFT loads the base with"),
-    "peft_version": _ignored("who wrote the file"),
+    "peft_version": _read(
+        "which way round factors of stacked experts are where shapes do not tell: otherwise before 0.19",
+        "a string",
+        lambda value: isinstance(value, str),
+    ),
     "revision": _ignored("of the base on a hub"),
     "inference_mode": _ignored("whether PEFT freezes what it loads"),
     "exclude_modules": _ignored("chose what was adapted; the factors' names say what was"),

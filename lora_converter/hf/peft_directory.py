@@ -1,7 +1,8 @@
 """The PEFT directory: adapters as Hugging Face PEFT, transformers and vLLM read them.
 
     adapter_config.json         r, lora_alpha, target_modules, ... (indent 2, sorted keys)
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r)
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r);
+                                of stacked experts see `stacked.py`
 
 A directory appears whole or not at all. PEFT's own loader drops keys that it does not know and leaves out those it
 misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do (DoRA,
@@ -31,6 +32,7 @@ from lora_converter.hf.peft_config import (
     read_config,
 )
 from lora_converter.hf.peft_patterns import match_pattern
+from lora_converter.hf.stacked import from_file, to_file
 from lora_converter.names import without_wrappers
 from lora_converter.tensors import is_finite
 
@@ -77,7 +79,7 @@ def save_peft(
     _check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
     originals = {
         f"base_model.model.{module}.lora_{letter}.weight": factor
-        for module, factors in sorted(adapter.factors.items())
+        for module, factors in sorted(to_file(adapter.factors).items())
         for letter, factor in zip("AB", factors, strict=True)
     }
     tensors = {name: factor.to(dtype) for name, factor in originals.items()}
@@ -122,13 +124,17 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     folder = Path(folder)
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
-    factors, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE)
+    pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE)
+    rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))
+    patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
+    factors = from_file(pairs, parameters, lambda name: match_pattern(patterns, name, rank, what), str(folder))
+    ranks = {module: match_pattern(patterns, module, rank, what) for module in factors}
     alpha = float(config.get("lora_alpha", DEFAULT_ALPHA))
     table, what = config.get("alpha_pattern") or {}, f"{folder / CONFIG_FILE}: alpha_pattern"
     alphas = {module: float(match_pattern(table, module, alpha, what)) for module in factors}
     adapter = PeftAdapter(
         factors=factors,
-        rank=config.get("r", DEFAULT_RANK),
+        rank=rank,
         alpha=alpha,
         dropout=float(config.get("lora_dropout") or 0.0),
         use_rslora=bool(config.get("use_rslora", False)),
@@ -137,11 +143,10 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
         base_fingerprint=metadata.get(_FINGERPRINT, ""),
         alphas={module: own for module, own in alphas.items() if own != alpha},
-        target_parameters=as_list(config.get("target_parameters")),
+        target_parameters=parameters,
         base_weights=base_weights,
+        peft_version=config.get("peft_version") or "",
     )
-    patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
-    ranks = {module: match_pattern(patterns, module, adapter.rank, what) for module in factors}
     _check_factors(adapter, ranks, str(folder))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
@@ -195,8 +200,9 @@ def _check_factors(adapter: PeftAdapter, ranks: Mapping[str, int], what: str) ->
     for module, (a, b) in adapter.factors.items():
         rank = ranks[module]
         shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
-        if a.ndim != 2 or b.ndim != 2 or not (a.shape[0] == b.shape[1] == rank):
-            why = " Adapters on stacked experts are not read." if adapter.target_parameters else ""
+        fit = a.ndim == b.ndim and a.shape[-2] == b.shape[-1] == rank and a.shape[:-2] == b.shape[:-2]
+        if a.ndim not in (2, 3) or not fit:
+            why = ""
             if rank != adapter.rank:
                 why += f" It is rank_pattern that gives it r = {rank}: the first key that matches counts, as in PEFT."
             raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{why}")
