@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from lora_converter.files import appears_complete, read_json
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
-from lora_converter.hf.merge_plan import MergePlan, plan_merge
-from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.merge_plan import MergePlan, Update, plan_merge
+from lora_converter.hf.peft_adapter import PeftAdapter, delta_factors
 from lora_converter.hf.peft_directory import load_peft
 from lora_converter.tensors import is_finite
 
@@ -56,7 +56,7 @@ def merge_directories(
         replace: What an earlier merge wrote at `output` gives way; without it, and for anything else, it stays.
 
     Returns:
-        The number of merged linears.
+        The number of merged linears; each product of an expert is one.
 
     Raises:
         FileExistsError: `output` is there already.
@@ -72,7 +72,7 @@ def merge_directories(
     _warn_of_another_base(peft, base)
     with appears_complete(output) as draft:
         for shard in tqdm(model.shards, desc="merging", unit="shard"):
-            _merge_shard(model, shard, draft / shard.name, peft, plan, dtype)
+            _merge_shard(model, shard, draft / shard.name, plan, dtype)
         _copy_the_rest(base, draft)
         _describe(model, draft, plan, dtype)
         record = {
@@ -84,7 +84,7 @@ def merge_directories(
             "targets": ", ".join(sorted(peft.target_modules)),
         }
         (draft / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    return len(peft.factors)
+    return plan.count
 
 
 def read_merge_record(folder: Path) -> dict[str, Any] | None:
@@ -110,9 +110,7 @@ def _warn_of_another_base(peft: PeftAdapter, base: Path) -> None:
         logger.warning("The adapter was made for the base %r, and is merged into %s.", peft.base_model, base)
 
 
-def _merge_shard(
-    model: ModelFolder, source: Path, target: Path, peft: PeftAdapter, plan: MergePlan, dtype: torch.dtype | None
-) -> None:
+def _merge_shard(model: ModelFolder, source: Path, target: Path, plan: MergePlan, dtype: torch.dtype | None) -> None:
     """Writes one shard in its own order, some rows at a time: memory holds those rows, not the shard."""
     entries, metadata = read_header(source)
     # What the plan adds stands at the end of the shard that it starts from.
@@ -128,12 +126,12 @@ def _merge_shard(
     with open(target, "wb") as file:
         write_header(file, written, metadata)
         for name, origin in origins.items():
-            for rows in _merged_rows(source, name, origin, peft, plan, dtype):
+            for rows in _merged_rows(source, name, origin, plan, dtype):
                 file.write(rows.contiguous().view(torch.uint8).numpy().data)
 
 
 def _merged_rows(
-    source: Path, key: str, origin: str, peft: PeftAdapter, plan: MergePlan, dtype: torch.dtype | None
+    source: Path, key: str, origin: str, plan: MergePlan, dtype: torch.dtype | None
 ) -> Iterator[torch.Tensor]:
     """A weight's rows with their update, W + s · B A, in fp32 and rounded once. Other tensors as they are."""
     with safe_open(source, framework="pt") as file:  # opened for each tensor: its pages in memory go with it
@@ -143,16 +141,9 @@ def _merged_rows(
     if not weight.numel():
         return
     dtype = dtype if dtype and stored in FLOATS else stored
-    update, left, right, factor = plan.updates.get(key), None, None, 0.0
-    if update is not None:
-        left, right = peft.delta_factors(update.module, transposed=update.transposed)
-        factor = peft.scaling_of(update.module)
-    matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
-    size = max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])
-    for start in range(0, matrix.shape[0], size):
-        rows = matrix[start : start + size]
-        if left is not None and right is not None:
-            rows = rows.float() + factor * (left[start : start + size] @ right)
+    update = plan.updates.get(key)
+    for rows, delta in _with_deltas(weight, plan.peft, update):
+        rows = rows if delta is None else rows.float() + delta
         result = rows.to(dtype)
         if (update is not None or result.dtype != weight.dtype) and not _stays_finite(rows, result):
             raise ValueError(
@@ -161,6 +152,22 @@ def _merged_rows(
                 + ("Name a wider --dtype, bfloat16 say." if dtype == torch.float16 else "One of the two is damaged.")
             )
         yield result
+
+
+def _with_deltas(
+    weight: torch.Tensor, peft: PeftAdapter, update: Update | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Some rows of a weight at a time, of stacked experts one after the other, with s · B A of them, fp32."""
+    if update is None:
+        matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
+        yield from ((rows, None) for rows in matrix.split(max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])))
+        return
+    a, b = peft.factors[update.module]
+    size, factor = max(1, _ELEMENTS_AT_A_TIME // weight.shape[-1]), peft.scaling_of(update.module)
+    for matrix, *of_one in zip(*(tensor.view(-1, *tensor.shape[-2:]) for tensor in (weight, a, b)), strict=True):
+        left, right = delta_factors(*of_one, transposed=update.transposed)
+        for rows, left_rows in zip(matrix.split(size), left.split(size), strict=True):
+            yield rows, factor * (left_rows @ right)
 
 
 def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:

@@ -6,14 +6,20 @@ headers and `config.json`, or refused by name.
 """
 
 import logging
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from safetensors import safe_open
 
 from lora_converter.hf.aliases import Aliases
-from lora_converter.hf.folder import ModelFolder
+from lora_converter.hf.expert_layouts import layout_of, stored_experts
+from lora_converter.hf.expert_patterns import split_expert
+from lora_converter.hf.experts import fit_experts
+from lora_converter.hf.folder import Entry, ModelFolder
 from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.stacked import OUTER
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +30,9 @@ _CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clv
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 """transformers' models whose linears are Conv1D, and the names of those that are."""
 
+_PARTS = re.compile(r"(\.weight|_blocks)$")
+"""What the key of a weight has after the name that adapters go by."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -31,7 +40,7 @@ class Update:
 
     Attributes:
         module: Of the adapter.
-        transposed: The weight is (in_features, out_features).
+        transposed: The weight is (in_features, out_features); of stacked experts, A goes over the weight's second dim.
     """
 
     module: str
@@ -44,6 +53,7 @@ class MergePlan:
 
     Attributes:
         adapter: Its name in messages.
+        peft: The adapter, its experts in the form in which the base stores them.
         updates: Key of the merged model -> its update.
         replaced: Key -> weight that the adapter brings in place of the base's.
         added: Key that the base has not -> key whose weight it starts from and beside which it is written.
@@ -51,10 +61,17 @@ class MergePlan:
     """
 
     adapter: str
+    peft: PeftAdapter
     updates: dict[str, Update] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     untied: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many matrices get an update: linears, and products of experts."""
+        factors = [self.peft.factors[update.module][0] for update in self.updates.values()]
+        return sum(a.shape[0] if a.ndim == 3 else 1 for a in factors)
 
     @property
     def vocab_size(self) -> int | None:
@@ -69,11 +86,15 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
     Raises:
         ValueError: Every module and weight that does not fit, with the reason.
     """
-    plan, problems = MergePlan(adapter), []
-    keys = _Keys(base)
+    keys, kind = _Keys(base), str(base.config.get("model_type", ""))
+    try:
+        peft = fit_experts(peft, {key: entry.shape for key, (_, entry) in base.weights.items()}, model_type=kind)
+    except ValueError as e:
+        raise ValueError(f"The adapter in {adapter} does not fit the base in {base.path}: {e}.") from None
+    plan, problems = MergePlan(adapter, peft), []
     for module, (a, b) in peft.factors.items():
         try:
-            key = keys.of_module(module, b.shape[0], a.shape[1], plan)
+            key = keys.of_module(module, [*a.shape[:-2], b.shape[-2], a.shape[-1]], plan)
             transposed = _is_transposed(base, peft, module, keys.shape(key, plan))
         except ValueError as e:
             problems.append(str(e))
@@ -95,9 +116,17 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
 
 def can_be_merged(base: ModelFolder, module: str) -> bool:
     """Whether a module's weight is in the base, or tied to one that is, and not quantized."""
+    return not without_weight(base, [module])
+
+
+def without_weight(base: ModelFolder, modules: Iterable[str]) -> list[str]:
+    """The modules that cannot be merged into a base: their weights are not in it, or quantized.
+
+    An expert's weight may be a part of a stack, and a stack's may be the weights of single experts.
+    """
     keys = _Keys(base)
-    key = keys.find(module) or keys.embedding_of(module)
-    return key is not None and base.weights[key][1].is_float
+    found = {module: keys.find(module) or keys.of_expert(module) or keys.embedding_of(module) for module in modules}
+    return [module for module, key in found.items() if key is None or not base.weights[key][1].is_float]
 
 
 class _Keys:
@@ -105,35 +134,48 @@ class _Keys:
 
     def __init__(self, base: ModelFolder):
         self._base = base
-        modules = [key.removesuffix(".weight") for key in base.weights if key.endswith(".weight")]
-        self._aliases = Aliases(modules, str(base.config.get("model_type", "")))
-        self._embeddings = [f"{module}.weight" for module in modules if _last(module) in _EMBEDDINGS]
+        kind = str(base.config.get("model_type", ""))
+        self._keys = {
+            _PARTS.sub("", key): key for key, (_, entry) in base.weights.items() if _holds_matrices(key, entry)
+        }
+        self._aliases = Aliases(self._keys, kind)
+        self._embeddings = [key for module, key in self._keys.items() if _last(module) in _EMBEDDINGS]
+        self._layers = stored_experts({key: entry.shape for key, (_, entry) in base.weights.items()}, layout_of(kind))
+        self._owners = Aliases(self._layers, kind)
 
     def shape(self, key: str, plan: MergePlan) -> list[int]:
         """Of a weight of the merged model before its update."""
         return self._base.weights[plan.added.get(key, key)][1].shape
 
-    def of_module(self, module: str, out_features: int, in_features: int, plan: MergePlan) -> str:
-        """The key of the weight that a module's update is added to."""
+    def of_module(self, module: str, here: list[int], plan: MergePlan) -> str:
+        """The key of the weight that a module's update, of shape `here`, is added to."""
         key = self.find(module)
         if key is None:
-            key, embedding = f"{module}.weight", self.embedding_of(module)
+            key, embedding = f"{module}.weight" if len(here) == 2 else module, self.embedding_of(module)
             if embedding is None:
                 raise ValueError(f"{key} is not in the base")
             plan.added[key], plan.untied = embedding, True
             logger.info("%s is tied to %s: it gets a weight of its own.", key, embedding)
         entry = self._base.weights[plan.added.get(key, key)][1]
-        here = [out_features, in_features]
-        if entry.shape not in (here, here[::-1]):
-            raise ValueError(f"{key} is {tuple(entry.shape)} in the base and {tuple(here)} in the adapter")
         if not entry.is_float:
             raise ValueError(f"{key} is quantized ({entry.dtype}); merge into an unquantized copy of the base")
+        if entry.shape not in (here, [*here[:-2], here[-1], here[-2]]):
+            raise ValueError(f"{key} is {tuple(entry.shape)} in the base and {tuple(here)} in the adapter")
         return key
 
     def find(self, module: str) -> str | None:
         """The key of a module's weight, under whatever name."""
         name = self._aliases.find(module)
-        return None if name is None else f"{name}.weight"
+        return None if name is None else self._keys[name]
+
+    def of_expert(self, module: str) -> str | None:
+        """The key of a weight that an expert's is stored in, or one of those that a stack's is stored in."""
+        parts = split_expert(module)
+        owner = parts[0] if parts else module.rpartition(".")[0]
+        layer = self._layers.get(self._owners.find(owner) or "")
+        if layer is None:
+            return None
+        return self.find(f"{layer.name}.0.{layer.spelling[2]}" if layer.spelling else f"{layer.name}.{OUTER}")
 
     def settle_copy(self, key: str, value: torch.Tensor, plan: MergePlan) -> None:
         """Drops a copy of a base weight that equals it, and takes another one in its place."""
@@ -172,6 +214,8 @@ def _is_tied(base: ModelFolder) -> bool:
 def _is_transposed(base: ModelFolder, peft: PeftAdapter, module: str, shape: list[int]) -> bool:
     """Whether a weight is (in_features, out_features): its shape says so, else the model's type, else the adapter."""
     a, b = peft.factors[module]
+    if a.ndim == 3:  # as `fit_experts` has left it
+        return layout_of(str(base.config.get("model_type", ""))).flagged
     out_features, in_features = b.shape[0], a.shape[1]
     if out_features != in_features:
         return shape == [in_features, out_features]
@@ -186,6 +230,11 @@ def _is_transposed(base: ModelFolder, peft: PeftAdapter, module: str, shape: lis
         peft.fan_in_fan_out,
     )
     return peft.fan_in_fan_out
+
+
+def _holds_matrices(key: str, entry: Entry) -> bool:
+    """Whether a weight is a linear's, or of stacked experts, or the codes of such (gpt-oss's MXFP4)."""
+    return key.endswith((".weight", "_blocks")) or len(entry.shape) == 3
 
 
 def _read(base: ModelFolder, key: str) -> torch.Tensor:

@@ -86,17 +86,8 @@ class PeftAdapter:
         Of stacked experts (experts, Q, P).
         """
         transposed = self.fan_in_fan_out and self.factors[module][0].ndim == 2
-        left, right = self.delta_factors(module, transposed=transposed)
+        left, right = delta_factors(*self.factors[module], transposed=transposed)
         return self.scaling_of(module) * (left @ right)
-
-    def delta_factors(self, module: str, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two matrices whose product, scaled, is the update, fp32; rows of the first give its rows. Experts come first.
-
-        Args:
-            transposed: The weight is (in_features, out_features), or (experts, P, Q).
-        """
-        a, b = (factor.float() for factor in self.factors[module])
-        return (a.mT, b.mT) if transposed else (b, a)
 
     def check_finite(self, what: str) -> None:
         """Refuses factors that hold nan or inf.
@@ -110,6 +101,16 @@ class PeftAdapter:
     def not_finite(self) -> list[str]:
         """The modules whose factors hold nan or inf."""
         return [module for module, pair in self.factors.items() if not all(map(is_finite, pair))]
+
+
+def delta_factors(a: torch.Tensor, b: torch.Tensor, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two matrices whose product, scaled, is the update, fp32; rows of the first give its rows. Experts come first.
+
+    Args:
+        transposed: The weight is (in_features, out_features), or (experts, P, Q).
+    """
+    a, b = a.float(), b.float()
+    return (a.mT, b.mT) if transposed else (b, a)
 
 
 def base_weights_in_training(what: str, base_weights: Iterable[str]) -> str:
