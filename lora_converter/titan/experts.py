@@ -6,12 +6,14 @@ the products, and that the grouped path computes in bf16.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
+from torchtitan.models.gpt_oss.model.moe import GptOssGroupedExperts, ScaleBiasForward, swiglu
 from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.moe.utils import indices_padding_wrapper
 
@@ -20,12 +22,21 @@ from lora_converter.tensors import local_part
 
 Tensor = torch.Tensor
 
+Product = Callable[[str, Tensor], Tensor]
+"""A weight's name and rows -> their product, each row with its own expert's weight."""
 
-class LoRAGroupedExperts(LoRAExperts):
-    """SwiGLU experts: w2(silu(w1(x)) · w3(x))."""
+PerRow = Callable[[Tensor], Tensor]
+"""What each expert adds to its rows, (experts, features) -> what is added, to fit a product."""
 
-    expert_weights = ("w1", "w2", "w3")
+
+class TitanExperts(LoRAExperts):
+    """Both paths. A class of torchtitan's says, in `compute`, what its experts make of their rows."""
+
     use_grouped_mm: bool
+
+    def compute(self, x: Tensor, product: Product, per_row: PerRow) -> Tensor:
+        """x: (rows, dim), one expert's or all experts' -> (rows, dim)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """x: (rows, dim), sorted by expert, of which the last may be padding -> (rows, dim)."""
@@ -33,30 +44,71 @@ class LoRAGroupedExperts(LoRAExperts):
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
         if not self.use_grouped_mm:
             return self._one_by_one(x, num_tokens_per_expert.tolist())
-        run: Callable[..., Tensor] = self._grouped
-        if not _is_expert_parallel(self.w1):  # under EP the rows come padded
-            run = indices_padding_wrapper(run)
-        weights = (local_part(self.get_parameter(name)) for name in self.expert_weights)
-        return run(*weights, x, num_tokens_per_expert)
+        weight = self.get_parameter(self.expert_weights[0])
+        if _degree(weight, "ep") is not None:  # the rows come padded
+            return self._grouped(x, num_tokens_per_expert)
+        # Of weights it asks the first, for the number of experts.
+        padded: Callable[..., Tensor] = indices_padding_wrapper(lambda w1, w2, w3, *rows: self._grouped(*rows))
+        return padded(local_part(weight), None, None, x, num_tokens_per_expert)
 
     def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
-        w1, w2, w3 = (self.per_expert(name) for name in self.expert_weights)
+        products = {name: self.per_expert(name) for name in self.expert_weights}
+
+        def one(e: int, rows: Tensor) -> Tensor:
+            return self.compute(rows, lambda name, x: products[name](e, x), lambda values: values[e])
+
         rows = sum(counts)
-        parts = x[:rows].split(counts)
-        outs = [w2(e, F.silu(w1(e, part)) * w3(e, part)) for e, part in enumerate(parts)]
+        outs = [one(e, part) for e, part in enumerate(x[:rows].split(counts))]
         return torch.cat([*outs, outs[0].new_zeros(x.shape[0] - rows, outs[0].shape[-1])])
 
-    def _grouped(self, w1: Tensor, w2: Tensor, w3: Tensor, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """With torchtitan's arguments; the weights are this module's own."""
+    def _grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        """In bf16, as torchtitan."""
         offsets = torch.cumsum(num_tokens_per_expert, dim=0, dtype=torch.int32)
-        rows = x.bfloat16()
-        h = F.silu(self.grouped_product("w1", rows, offsets)) * self.grouped_product("w3", rows, offsets)
-        return self.grouped_product("w2", h, offsets).type_as(x)
+
+        def per_row(values: Tensor) -> Tensor:
+            # Rows after the last expert's get its values: they are unwritten, and nobody's.
+            rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
+            return values.bfloat16()[torch.bucketize(rows, offsets[:-1], right=True)]
+
+        return self.compute(x.bfloat16(), partial(self.grouped_product, offsets=offsets), per_row)
 
 
-def _is_expert_parallel(weight: Any) -> bool:
-    return isinstance(weight, DTensor) and "ep" in (weight.device_mesh.mesh_dim_names or ())
+class LoRAGroupedExperts(TitanExperts):
+    """deepseek_v3's, qwen3's and llama4's: w2(silu(w1(x)) · w3(x))."""
+
+    expert_weights = ("w1", "w2", "w3")
+
+    def compute(self, x: Tensor, product: Product, per_row: PerRow) -> Tensor:
+        return product("w2", F.silu(product("w1", x)) * product("w3", x))
+
+    def _grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return super()._grouped(x, num_tokens_per_expert).type_as(x)
 
 
-EXPERT_CLASSES: dict[type[nn.Module], type[LoRAExperts]] = {GroupedExperts: LoRAGroupedExperts}
+class LoRAGptOssExperts(TitanExperts):
+    """gpt_oss's: mlp2(swiglu(mlp1(x))), where mlp1's rows are gate and up in turn, and each has a frozen bias."""
+
+    expert_weights = ("mlp1_weight", "mlp2_weight")
+    swiglu_limit: float
+
+    def compute(self, x: Tensor, product: Product, per_row: PerRow) -> Tensor:
+        biases = [local_part(self.get_parameter(name)) for name in ("mlp1_bias", "mlp2_bias")]
+        h = swiglu(product("mlp1_weight", x) + per_row(biases[0]), limit=self.swiglu_limit)
+        # Every rank of TP adds its bias to a partial sum.
+        tp = _degree(self.get_parameter("mlp1_weight"), "tp") or 1
+        return product("mlp2_weight", h) + per_row(ScaleBiasForward.apply(biases[1], tp))
+
+
+def _degree(weight: Tensor, axis: str) -> int | None:
+    """How many ranks share a weight over a named axis; None if it has no such axis."""
+    if not isinstance(weight, DTensor):
+        return None
+    names = weight.device_mesh.mesh_dim_names or ()
+    return weight.device_mesh.size(names.index(axis)) if axis in names else None
+
+
+EXPERT_CLASSES: dict[type[nn.Module], type[LoRAExperts]] = {
+    GroupedExperts: LoRAGroupedExperts,
+    GptOssGroupedExperts: LoRAGptOssExperts,
+}
 """What `apply_lora` is told of torchtitan's experts."""

@@ -163,6 +163,12 @@ VARIANTS = {
     "experts of deepseek_v3, EP4": row(4, FSDP4, EP4, model="deepseek_v3", job=EXPERTS_TOO),
     "experts of deepseek_v3, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_v3", job=EXPERTS_TOO),
     "experts of llama4, EP2": row(2, FSDP2, EP2, model="llama4", job=EXPERTS_TOO),
+    "experts of gpt_oss, FSDP2": row(2, FSDP2, model="gpt_oss", job=EXPERTS_TOO),
+    "experts of gpt_oss, DDP2": row(2, DDP2, model="gpt_oss", job=EXPERTS_TOO),
+    "experts of gpt_oss, EP2": row(2, FSDP2, EP2, model="gpt_oss", job=EXPERTS_TOO),
+    "experts of gpt_oss, TP2": row(2, TP2, model="gpt_oss", job=EXPERTS_TOO),
+    "experts of gpt_oss, TP2 x FSDP2": row(4, TP2, FSDP2, model="gpt_oss", job=EXPERTS_TOO),
+    "experts of gpt_oss, EP4 x FSDP2 by features": row(8, FSDP8, EP4, model="gpt_oss", job=EXPERTS_TOO),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
     "experts and selective AC by op, TP2": row(2, TP2, OP_SAC, model="qwen3_loop", job=EXPERTS_TOO),
 }

@@ -24,6 +24,7 @@ DEEPSEEK = ["--model.name=deepseek_v3", "--checkpoint.initial_load_path="]
         ("deepseek_v3", "24 linears and 2 experts modules"),
         ("qwen3_moe", "12 linears and 3 experts modules"),
         ("llama4", "28 linears and 2 experts modules"),
+        ("gpt_oss", "8 linears and 2 experts modules"),
     ],
 )
 def test_experts_train_and_routing_and_base_stay(
