@@ -17,7 +17,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
 from lora_converter.swap import check_forward_is_called, follow_hook, new_instance, recipe_of, subclass_with, swap_class
-from lora_converter.tensors import is_finite, local_part, shard_like
+from lora_converter.tensors import local_part
+from lora_converter.updates import add_updates, on_all_ranks
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -58,8 +59,15 @@ class AdaptedModule(nn.Module):
         """Gives the adapter its initial values, which depend on `seed` and the canonical name alone. No collective."""
         raise NotImplementedError
 
-    def delta_weights(self) -> dict[str, torch.Tensor]:
-        """Base weight -> its update: full, fp32, in the weight's own shape. A collective where factors are sharded."""
+    def merged_names(self) -> list[str]:
+        """The base weights that the adapter adds to."""
+        raise NotImplementedError
+
+    def local_updates(self, weight: str) -> Iterator[torch.Tensor]:
+        """What the adapter adds to a base weight: this rank's part in fp32, in pieces along the weight's first dim.
+
+        A collective where factors are sharded: ranks that share the weight call it in the same order.
+        """
         raise NotImplementedError
 
     def whole_over(self) -> dict[str, DeviceMesh]:
@@ -86,35 +94,39 @@ class AdaptedModule(nn.Module):
         """Whether the forward has to compute an update: neither merged nor disabled."""
         return self.lora_enabled and self.lora_unmerged is None
 
-    def merged_names(self) -> list[str]:
-        """The base weights that the adapter adds to."""
-        return list(self.delta_weights())
-
-    @torch.no_grad()
-    def merged_weights(self) -> dict[str, torch.Tensor]:
-        """Base weight -> what it is with its update, in fp32 and rounded once to its own dtype; sharded as it is.
+    def check_merge(self) -> None:
+        """Computes what `merge` would write, and drops it.
 
         Raises:
-            ValueError: A weight is quantized, or the result is not finite.
+            ValueError: A weight is quantized, or the result is not finite on some rank.
         """
-        merged = {}
-        for name, delta in self.delta_weights().items():
-            weight, fqn = self.get_parameter(name), f"{self.lora_fqn}.{name}"
-            if not weight.is_floating_point():
-                raise ValueError(f"{fqn} is quantized ({weight.dtype}): an update cannot be merged into it.")
-            merged[name] = (weight.float() + shard_like(delta, weight)).to(weight.dtype)
-            if not is_finite(local_part(merged[name])):
-                raise ValueError(f"{fqn} would hold nan or inf in {weight.dtype} with its update: it is not merged.")
-        return merged
+        for name in self.merged_names():
+            self._add_updates(name, write=False)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Puts `merged_weights` in place. The base weights are kept for `unmerge`."""
-        merged = self.merged_weights()
-        originals = {name: self.get_parameter(name).detach().clone() for name in merged}
-        for name, value in merged.items():
-            self.get_parameter(name).copy_(value)
-        self.lora_unmerged = originals
+        """Adds the updates to the base weights, in fp32 and rounded once. The base weights are kept for `unmerge`.
+
+        Raises:
+            ValueError: See `check_merge`. The module is then as it was, as after any other error.
+        """
+        self.lora_unmerged = {}
+        try:
+            for name in self.merged_names():
+                self.lora_unmerged[name] = self.get_parameter(name).detach().clone()
+                self._add_updates(name, write=True)
+        except BaseException:
+            self.unmerge()
+            raise
+
+    @torch.no_grad()
+    def _add_updates(self, name: str, *, write: bool) -> None:
+        weight, fqn = self.get_parameter(name), f"{self.lora_fqn}.{name}"
+        if not weight.is_floating_point():
+            raise ValueError(f"{fqn} is quantized ({weight.dtype}): an update cannot be merged into it.")
+        local = local_part(weight)
+        if not on_all_ranks(add_updates(local, self.local_updates(name), out=local if write else None), weight):
+            raise ValueError(f"{fqn} would hold nan or inf in {weight.dtype} with its update: it is not merged.")
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -17,7 +17,7 @@ No activation needs a collective for it, and the gradient of a whole factor is a
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -32,7 +32,8 @@ from lora_converter.grouped import grouped_linear
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear
 from lora_converter.tensor_parallel import place_beside, whole_beside
-from lora_converter.tensors import full_tensor, local_indices, local_part
+from lora_converter.tensors import local_indices, local_part
+from lora_converter.updates import low_rank_updates
 
 Tensor = torch.Tensor
 E = TypeVar("E", bound="LoRAExperts")
@@ -105,14 +106,10 @@ class LoRAExperts(AdaptedModule):
                 own[row].copy_(values[features])
             b.zero_()
 
-    @torch.no_grad()
-    def delta_weights(self) -> dict[str, Tensor]:
-        """Weight -> s · B_e A_eᵀ of every expert: full, (experts, out_features, in_features), fp32."""
-        deltas = {}
-        for weight in self.merged_names():
-            a, b = (full_tensor(factor).float() for factor in self._factors(weight))
-            deltas[weight] = (b @ a.transpose(-2, -1)).mul_(self.lora_config.scaling)
-        return deltas
+    def local_updates(self, weight: str) -> Iterator[Tensor]:
+        """s · B_e A_eᵀ, (1, out_features, in_features), of one expert of this rank after the other."""
+        a, b = self._factors(weight)
+        return low_rank_updates(b, a, self.get_parameter(weight), scaling=self.lora_config.scaling)
 
     def whole_over(self) -> dict[str, DeviceMesh]:
         found: dict[str, DeviceMesh] = {}
@@ -140,6 +137,13 @@ class LoRAExperts(AdaptedModule):
 
 def _factor_names(weight: str) -> tuple[str, str]:
     return f"{weight}_lora_a", f"{weight}_lora_b"
+
+
+def factors_by_weight(names: Collection[str]) -> dict[str, tuple[str, str]]:
+    """Weight -> its A and B, of the names of an adapter's parameters; empty if there are others among them."""
+    found = {name.removesuffix(end) for name in names for end in _factor_names("") if name.endswith(end)}
+    pairs = {weight: _factor_names(weight) for weight in sorted(found)}
+    return pairs if set(names) == {name for pair in pairs.values() for name in pair} else {}
 
 
 ExpertClasses = Mapping[type[nn.Module], type[LoRAExperts]]

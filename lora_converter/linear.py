@@ -11,6 +11,7 @@ chosen (`targets.py`), how they are sharded (`tensor_parallel.py`).
 """
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -24,7 +25,8 @@ from lora_converter.config import LoRAConfig
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear, low_rank_update
 from lora_converter.tensor_parallel import LoRAFactor, local_bias, local_input, local_output, shard_of_features
-from lora_converter.tensors import copy_full_, full_tensor, local_part
+from lora_converter.tensors import copy_full_, local_part
+from lora_converter.updates import low_rank_updates
 
 
 class LoRALinear(AdaptedModule):
@@ -125,17 +127,16 @@ class LoRALinear(AdaptedModule):
         copy_full_(self.lora_a.weight, full)
         self.lora_b.weight.zero_()
 
-    @torch.no_grad()
-    def delta_weight(self) -> torch.Tensor:
-        """s · B A, the update of the weight: full, (out_features, in_features), fp32. Unshards the factors alone."""
-        a, b = (full_tensor(factor.weight).float() for factor in (self.lora_a, self.lora_b))
-        return self.lora_config.scaling * (b @ a)
-
     def merged_names(self) -> list[str]:
         return ["weight"]
 
-    def delta_weights(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.delta_weight().t() if self.lora_transposed else self.delta_weight()}
+    def local_updates(self, weight: str) -> Iterator[torch.Tensor]:
+        """s · B A, in one piece."""
+        return low_rank_updates(
+            *weight_sides(self.lora_a.weight, self.lora_b.weight, transposed=self.lora_transposed),
+            self.get_parameter(weight),
+            scaling=self.lora_config.scaling,
+        )
 
     def whole_over(self) -> dict[str, DeviceMesh]:
         factors = {"lora_a.weight": self.lora_a, "lora_b.weight": self.lora_b}
@@ -157,6 +158,15 @@ class LoRALinear(AdaptedModule):
     def extra_repr(self) -> str:
         config = self.lora_config
         return f"{super().extra_repr()}, rank={config.rank}, alpha={config.alpha}, dropout={config.dropout}"
+
+
+def weight_sides(a: torch.Tensor, b: torch.Tensor, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and R of `low_rank_updates`, of A and B.
+
+    Args:
+        transposed: The weight is stored as (in_features, out_features).
+    """
+    return (a.t(), b) if transposed else (b, a.t())
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ def merge_adapter(model: nn.Module) -> None:
     """Adds every adapter's update to its base weight, in place, under any layout; the forward then costs the base's.
 
     Weights that are sharded stay sharded: only the factors, rank-sized, are gathered. Call it on all ranks, between
-    steps. The base weights are kept, so it takes their memory once more.
+    steps. The base weights are kept, so it takes their memory once more; of updates there is never more than one
+    linear's or expert's part on this rank.
 
     Raises:
         ValueError: The model has no adapters, they are merged already, a weight is quantized, belongs to other modules
@@ -50,8 +51,8 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merges for good: the adapted modules are plain again, of the class that they were, with the updated weights.
 
-    Every result is computed before the first is written. A weight that belongs to other modules too, a tied output head
-    say, gets a copy of its own, and a transformers model's config says then that nothing is tied.
+    Every result is computed, and dropped, before the first is written. A weight that belongs to other modules too, a
+    tied output head say, gets a copy of its own, and a transformers model's config says then that nothing is tied.
 
     Call it on all ranks, and not in the middle of a training: optimizers and FSDP2 keep what they know of the factors.
 
@@ -65,7 +66,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     adapted = adapters_at_rest(model)
     apart = [module for module in adapted if module.lora_unmerged is None]
     for module in apart:
-        module.merged_weights()
+        module.check_merge()
     untie(model, [(module, name) for module in apart for name in module.merged_names()])
     for module in adapted:
         if module.lora_unmerged is None:

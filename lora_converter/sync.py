@@ -26,10 +26,12 @@ from lora_converter.adapted import reshard
 from lora_converter.config import scaling
 from lora_converter.files import write_whole
 from lora_converter.fingerprint import base_fingerprint
-from lora_converter.linear import is_transposed, linears_of
+from lora_converter.increments import Increment, increments_of
+from lora_converter.names import owners
 from lora_converter.shared import check_not_shared
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
-from lora_converter.tensors import is_finite, local_part, shard_like
+from lora_converter.tensors import local_part
+from lora_converter.updates import add_updates, low_rank_updates, on_all_ranks
 
 _FIELD, _FORMAT = "lora_converter", 1
 
@@ -41,18 +43,15 @@ class Package:
     Attributes:
         version: Counts up with every update.
         base: Fingerprint of the base weights, see `base_fingerprint`.
-        scalings: FQN of each adapted linear -> factor of its B A.
-        tensors: `<fqn>.lora_a.weight` (rank, in_features) and `<fqn>.lora_b.weight` (out_features, rank).
+        scalings: FQN of each adapted module -> factor of its B A.
+        tensors: `<fqn>.lora_a.weight` (rank, in_features) and `<fqn>.lora_b.weight` (out_features, rank) of linears,
+            `<fqn>.<weight>_lora_a` and `<fqn>.<weight>_lora_b` of routed experts, see `experts.py`.
     """
 
     version: int
     base: str
     scalings: dict[str, float]
     tensors: dict[str, torch.Tensor]
-
-    def factors(self, fqn: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of an adapted linear."""
-        return self.tensors[f"{fqn}.lora_a.weight"], self.tensors[f"{fqn}.lora_b.weight"]
 
 
 def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None = None) -> bytes:
@@ -134,7 +133,7 @@ class _Receiver:
 
 
 class AdapterReceiver(_Receiver):
-    """A model with adapters on the same linears as the sender's, of any layout."""
+    """A model with adapters on the same modules as the sender's, of any layout."""
 
     def _apply(self, package: Package) -> None:
         ours = {fqn: config.scaling for fqn, config in adapter_configs(self.model).items()}
@@ -147,7 +146,8 @@ class AdapterReceiver(_Receiver):
 class IncrementReceiver(_Receiver):
     """A plain model with the sender's names, of any layout: its weights become W + s · B A, in fp32 and rounded once.
 
-    The original weights of adapted linears are kept beside, from their first update on.
+    The original weights of adapted modules are kept beside, from their first update on. Of increments there is never
+    more than one linear's or expert's part on this rank.
     """
 
     def __init__(self, model: nn.Module, *, base: str | None = None):
@@ -157,41 +157,24 @@ class IncrementReceiver(_Receiver):
     @torch.no_grad()
     def _apply(self, package: Package) -> None:
         reshard(self.model)
-        linears = linears_of(self.model)
-        for fqn in package.scalings:
-            _check_increment(package, fqn, linears.get(fqn))
-        weights = {fqn: linears[fqn].get_parameter("weight") for fqn in {**package.scalings, **self._originals}}
-        check_not_shared(self.model, [f"{fqn}.weight" for fqn in package.scalings])
-        for fqn in package.scalings:
-            if not is_finite(local_part(self._updated(package, fqn, linears[fqn]))):
-                raise ValueError(f"{fqn}.weight would hold nan or inf with the package's increment.")
-        for fqn in self._originals.keys() - package.scalings.keys():
-            weights[fqn].copy_(self._originals.pop(fqn))
-        for fqn in package.scalings:
-            self._originals.setdefault(fqn, weights[fqn].detach().clone())
-            weights[fqn].copy_(self._updated(package, fqn, linears[fqn]))
+        increments = increments_of(package.tensors, package.scalings, self.model)
+        check_not_shared(self.model, increments)
+        weights = dict(owners(self.model))
+        for name, increment in increments.items():
+            if not on_all_ranks(self._add(increment, name, weights[name]), weights[name]):
+                raise ValueError(f"{name} would hold nan or inf with the package's increment.")
+        for name in self._originals.keys() - increments.keys():
+            local_part(weights[name]).copy_(self._originals.pop(name))
+        for name, increment in increments.items():
+            local = local_part(weights[name])
+            if name not in self._originals:
+                self._originals[name] = local.clone()
+            self._add(increment, name, weights[name], out=local)
 
-    def _updated(self, package: Package, fqn: str, linear: nn.Module) -> torch.Tensor:
-        """A linear's weight with its increment, in fp32 and rounded once; this rank's part."""
-        weight = linear.get_parameter("weight")
-        a, b = (factor.to(weight.device).float() for factor in package.factors(fqn))
-        delta = package.scalings[fqn] * (b @ a)
-        original = self._originals.get(fqn, weight)
-        return (original.float() + shard_like(delta.t() if is_transposed(linear) else delta, weight)).to(weight.dtype)
-
-
-def _check_increment(package: Package, fqn: str, linear: nn.Module | None) -> None:
-    """Refuses what is no increment of a linear's weight, or of another shape."""
-    names = sorted(name.removeprefix(f"{fqn}.") for name in package.tensors if name.startswith(f"{fqn}."))
-    if names != ["lora_a.weight", "lora_b.weight"]:
-        raise ValueError(f"{fqn} is adapted by {', '.join(names)}, which is no increment of a weight.")
-    a, b = package.factors(fqn)
-    there: object = "no linear of that name"
-    if linear is not None:
-        shape = tuple(linear.get_parameter("weight").shape)
-        there = shape[::-1] if is_transposed(linear) else shape
-    if there != (b.shape[0], a.shape[1]):
-        raise ValueError(f"{fqn} is {(b.shape[0], a.shape[1])} in the package and {there} in the model.")
+    def _add(self, increment: Increment, name: str, weight: nn.Parameter, out: torch.Tensor | None = None) -> bool:
+        """See `add_updates`: to the original weight, never to the last sum."""
+        updates = low_rank_updates(increment.left, increment.right, weight, scaling=increment.scaling)
+        return add_updates(self._originals.get(name, local_part(weight)), updates, out=out)
 
 
 def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, group_src: int = 0) -> bytes:

@@ -1,6 +1,12 @@
-"""What a process holds, as Linux counts it."""
+"""What a process holds, as Linux counts it, and what operators make, exactly."""
 
+import weakref
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Resident:
@@ -16,3 +22,46 @@ class Resident:
     def _read(self, field: str) -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor that an operator made, the most bytes alive at once, and the work of products, on this rank.
+
+    Args:
+        given: What was there before, and does not count.
+    """
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.largest = self.products = self.alive = self.peak = 0
+        self._storages = {_local(value).untyped_storage()._cdata for value in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            a, b = args[-2:]
+            self.products += a.shape[0] * a.shape[1] * b.shape[1]
+        for value in torch.utils._pytree.tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._note(_local(value))
+        return result
+
+    def _note(self, value: torch.Tensor) -> None:
+        storage = value.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        self.largest = max(self.largest, value.numel())
+        self._storages.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+        def gone() -> None:
+            self.alive -= size
+            self._storages.discard(key)
+
+        weakref.finalize(value, gone)
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value

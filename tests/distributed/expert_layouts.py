@@ -1,5 +1,5 @@
-"""Adapted experts on gloo ranks: which collectives run, merging on sharded weights, and steps that move between degrees
-of expert parallelism.
+"""Adapted experts on gloo ranks: which collectives run, merging on sharded weights and how much of it is in memory,
+increments for plain models, and steps that move between degrees of expert parallelism.
 """
 
 import os
@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 from collectives import forward_and_backward, trainer
 from harness import BASE_CONFIG, finish, full_state
 from launch import main
+from memory import Made
 from parity import EP2, EXPERTS_TOO, FSDP2, STEPS, TP2, build_row, fill_b, losses_of, relative, row
 from tiny_models import base_options
 
-from lora_converter import merge_adapter, unmerge_adapter
-from lora_converter.adapted import adapted_modules
+from lora_converter import adapter_parameters, merge_adapter, merge_and_unload, unmerge_adapter
+from lora_converter.adapted import adapted_modules, reshard
 from lora_converter.experts import LoRAExperts
+from lora_converter.fingerprint import base_fingerprint
+from lora_converter.sync import IncrementReceiver, pack
+from lora_converter.tensors import local_part
+from lora_converter.updates import add_updates
 
 HALF = STEPS // 2
 MODEL = "deepseek_v3"
+EXPERT_WEIGHTS = [f"layers.{layer}.moe.experts.{weight}" for layer in (1, 2) for weight in ("w1", "w2", "w3")]
 TOKENS = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
 
 SAVED_ON = {
@@ -48,24 +56,104 @@ def same_collectives(folder: Path, *layout: str, of_activations: tuple[str, ...]
     return {f"{name} {size}": count for (name, size), count in seen.items()}
 
 
-def merging(folder: Path, *layout: str) -> float:
+def merging(folder: Path, *layout: str) -> dict[str, float]:
     """Merged experts give the output of base and update; taken back, the base is what it was, bit for bit."""
     options = [*base_options(MODEL, folder.parent.parent), *layout, *EXPERTS_TOO]
     with trainer(folder, *options) as run, torch.no_grad():
         fill_b(run)
         model = run.trainer.model_parts[0]
-        assert sum(isinstance(module, LoRAExperts) for module in adapted_modules(model)) == 2
+        experts = [module for module in adapted_modules(model) if isinstance(module, LoRAExperts)]
+        assert len(experts) == 2
         before, out = full_state(run), whole(model(TOKENS))
+        reshard(model)
+        figures = one_expert_at_a_time(experts)
+        all_ranks_refuse_what_one_finds(model, experts[1])
+        assert same(full_state(run), before)
         merge_adapter(model)
         merged = full_state(run)
         difference = (whole(model(TOKENS)) - out).abs().max().item()
         assert difference < 1e-4 * out.abs().max().item(), difference
         changed = {name for name in before if not torch.equal(before[name], merged[name])}
-        assert {f"layers.{n}.moe.experts.{w}" for n in (1, 2) for w in ("w1", "w2", "w3")} <= changed
+        assert set(EXPERT_WEIGHTS) <= changed
         unmerge_adapter(model)
-        after = full_state(run)
-        assert all(torch.equal(before[name], after[name]) for name in before)
-    return difference
+        assert same(full_state(run), before)
+        merge_and_unload(model)
+        assert same({name: whole(value) for name, value in model.state_dict().items()}, {n: merged[n] for n in changed})
+    return {**figures, "difference": difference}
+
+
+def one_expert_at_a_time(experts: list[LoRAExperts]) -> dict[str, float]:
+    """No tensor that a merge makes on a rank is larger than its part of one expert's matrix, or of a layer's factor."""
+    shares = {}
+    for module in experts:
+        for name in module.merged_names():
+            part = local_part(module.get_parameter(name))
+            whole_update, piece = module.get_parameter(name).numel(), part[:1].numel()
+            factors = [module.get_parameter(f"{name}_lora_{half}").numel() for half in "ab"]
+            with Made(*module.parameters()) as made:
+                assert add_updates(part, module.local_updates(name))
+            assert made.largest <= max(piece, *factors) < whole_update, (name, made.largest, piece, factors)
+            assert made.peak <= 4 * (5 * piece + sum(factors)), (name, made.peak, piece, factors)
+            shares[f"{name}, of the whole update"] = made.largest / whole_update
+    return shares
+
+
+def all_ranks_refuse_what_one_finds(model: nn.Module, module: LoRAExperts) -> None:
+    """nan in what the last rank alone holds, of the experts or of the features."""
+    factor = local_part(module.get_parameter("w1_lora_b"))
+    there = factor.clone()
+    if dist.get_rank() == dist.get_world_size() - 1:
+        factor[-1, -1, -1] = torch.nan
+    for way in (merge_adapter, merge_and_unload):
+        try:
+            way(model)
+        except ValueError as error:
+            assert f"{module.lora_fqn}.w1 would hold nan or inf" in str(error), error
+        else:
+            raise AssertionError("merged")
+    factor.copy_(there)
+
+
+def increments(folder: Path) -> dict[str, float]:
+    """From EP2 to plain models on other layouts: what merging gives, and no drift."""
+    base = base_options(MODEL, folder.parent.parent)
+    packages, merged = [], []
+    with trainer(folder / "sender", *base, *FSDP2, *EP2, *EXPERTS_TOO) as run, torch.no_grad():
+        model = run.trainer.model_parts[0]
+        fingerprint = base_fingerprint(model)
+        for version in range(2):
+            fill_b(run)
+            for param in adapter_parameters(model).values():
+                param.mul_(1 + version)
+            packages.append(pack(model, version=version, base=fingerprint))
+            merge_adapter(model)
+            merged.append(full_state(run))
+            unmerge_adapter(model)
+    figures = {}
+    for name, layout in {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2}.items():
+        with trainer(folder / name, *base, *layout, config=BASE_CONFIG) as run, torch.no_grad():
+            model = run.trainer.model_parts[0]
+            receiver = IncrementReceiver(model)
+            for version, package in enumerate(packages):
+                receiver.receive(package)
+                found = {name: whole(value).clone() for name, value in model.state_dict().items()}
+                far = {weight: relative_norm(value, merged[version][weight]) for weight, value in found.items()}
+                figures[f"{name} {version}"] = max(far.values())
+            for weight, original in receiver._originals.items():
+                local_part(model.get_parameter(weight)).copy_(original)
+            IncrementReceiver(model).receive(packages[1])
+            assert same({name: whole(value) for name, value in model.state_dict().items()}, found)
+    # fp32: a product's sums over the rank in another order, where a rank has other rows.
+    assert max(figures.values()) < 1e-6, figures
+    return figures
+
+
+def relative_norm(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def whole(value: Any) -> torch.Tensor:
@@ -97,8 +185,9 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         found["what EP sends to experts is what it sends without adapters"] = lambda f: same_collectives(
             f, *FSDP2, *EP2, of_activations=("all_to_all_single", "alltoall_base_")
         )
-        found["merging under EP"] = lambda f: merging(f, *FSDP2, *EP2)
-        found["merging under TP"] = lambda f: merging(f, *TP2)
+        for name, layout in {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2}.items():
+            found[f"merging under {name}"] = lambda f, layout=layout: merging(f, *layout)
+        found["increments reach plain models on other layouts"] = increments
     here = [layout for layout, needs in SAVED_ON.items() if needs.ranks == ranks]
     for layout in here:
         found[f"save on {layout}"] = lambda _, layout=layout: save(layout, bases)

@@ -319,15 +319,14 @@ def test_the_live_interface_has_experts(block: Block) -> None:
     assert type(block.moe.experts) is GroupedExperts and block.state_dict().keys() == plain.state_dict().keys()
 
 
-def test_an_update_has_the_weights_shape(block: Block) -> None:
+def test_updates_come_expert_by_expert(block: Block) -> None:
     experts = block.moe.experts
-    deltas = experts.delta_weights()
-    assert list(deltas) == ["w1", "w2"]
-    for weight, delta in deltas.items():
+    assert experts.merged_names() == ["w1", "w2"]
+    for weight in experts.merged_names():
         a, b = getattr(experts, f"{weight}_lora_a"), getattr(experts, f"{weight}_lora_b")
-        expected = torch.stack([32 / 3 * b[e] @ a[e].T for e in range(EXPERTS)])
-        torch.testing.assert_close(delta, expected)
-        assert delta.shape == getattr(experts, weight).shape
+        pieces = list(experts.local_updates(weight))
+        assert {piece.shape for piece in pieces} == {(1, *getattr(experts, weight).shape[1:])}
+        torch.testing.assert_close(torch.cat(pieces), torch.stack([32 / 3 * b[e] @ a[e].T for e in range(EXPERTS)]))
     unload_adapter(block)
     assert type(experts) is GroupedExperts and block.state_dict().keys() == make_block().state_dict().keys()
 

@@ -147,7 +147,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def test_a_merge_that_fails_half_way_leaves_the_model_as_it_was(way, fault: str) -> None:
     model = adapted()
     last = model[2][1]
-    broken = mock.patch.object(type(last), "delta_weight", autospec=True, side_effect=type(last).delta_weight)
+    broken = mock.patch.object(type(last), "local_updates", autospec=True, side_effect=type(last).local_updates)
     if fault == "quantized":
         last.weight = nn.Parameter(last.weight.to(torch.int8), requires_grad=False)
     elif fault == "not finite":
@@ -155,13 +155,13 @@ def test_a_merge_that_fails_half_way_leaves_the_model_as_it_was(way, fault: str)
         last.lora_b.weight.data.fill_(1e4)
     before = copy.deepcopy(model.state_dict())
 
-    def out_of_memory(linear: nn.Module) -> torch.Tensor:
+    def out_of_memory(linear: nn.Module, name: str) -> torch.Tensor:
         raise torch.OutOfMemoryError("no memory left")
 
-    with broken as delta:
+    with broken as updates:
         if fault == "memory":
-            original = delta.side_effect
-            delta.side_effect = lambda linear: out_of_memory(linear) if linear is last else original(linear)
+            original = updates.side_effect
+            updates.side_effect = lambda linear, name: (out_of_memory if linear is last else original)(linear, name)
         with pytest.raises((ValueError, torch.OutOfMemoryError)):
             way(model)
     assert same(model.state_dict(), before)

@@ -1,14 +1,13 @@
 """The loss of a frozen head in chunks: against PyTorch's cross-entropy of all logits, and by exact counts."""
 
 import shutil
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from memory import Made
 
 from lora_converter.frozen_head import CHUNK_BYTES, IGNORED, default_chunk_tokens, frozen_head_loss
 
@@ -111,7 +110,7 @@ def test_the_scale_of_a_mean_keeps_its_digits_in_half_precision() -> None:
 def test_a_token_without_a_label_has_a_gradient_of_zero_and_costs_nothing() -> None:
     given = operands(ignored=0.7)
     trained = int((given["labels"] != IGNORED).sum())
-    with Seen() as seen:
+    with Made() as seen:
         _, gradient = loss_and_gradient(in_chunks(), given)
     assert not gradient[given["labels"] == IGNORED].any() and gradient[given["labels"] != IGNORED].any(-1).all()
     assert seen.products == 2 * trained * VOCABULARY * WIDTH
@@ -128,7 +127,7 @@ def test_logits_are_there_a_chunk_at_a_time_once_in_each_dtype(dtype: torch.dtyp
     given = operands(dtype, ignored=0.0, vocabulary=3000)
     chunk, tokens = given["weight"].shape[0] * CHUNK, given["labels"].numel()
     hidden = given["hidden"].requires_grad_()
-    with Seen(*given.values()) as seen:
+    with Made(*given.values()) as seen:
         loss = frozen_head_loss(**given, chunk_tokens=CHUNK)
         assert seen.largest <= chunk < tokens * given["weight"].shape[0]
         # Beside them the gradient that is kept, a chunk's hidden states and theirs, row numbers and some columns.
@@ -139,7 +138,7 @@ def test_logits_are_there_a_chunk_at_a_time_once_in_each_dtype(dtype: torch.dtyp
 
 def test_without_a_gradient_there_is_one_product() -> None:
     given = operands(ignored=0.0)
-    with Seen() as seen, torch.no_grad():
+    with Made() as seen, torch.no_grad():
         loss = frozen_head_loss(**given, chunk_tokens=CHUNK)
     assert seen.products == ROWS * TOKENS * VOCABULARY * WIDTH
     assert error(loss, over_logits(**in_fp64(given))) < 1e-6
@@ -170,38 +169,3 @@ def test_the_default_chunk_fits_its_budget() -> None:
     assert default_chunk_tokens(128_256) == 1024  # 751 MiB of Llama 3's vocabulary
     assert all(6 * v * default_chunk_tokens(v) <= CHUNK_BYTES for v in (320, 32_000, 128_256, 262_144))
     assert default_chunk_tokens(10**9) == 128
-
-
-class Seen(TorchDispatchMode):
-    """The largest tensor that an operator made, the most bytes alive at once, and the work of products."""
-
-    def __init__(self, *given: torch.Tensor) -> None:
-        super().__init__()
-        self.largest = self.products = self.alive = self.peak = 0
-        self._storages = {value.untyped_storage()._cdata for value in given}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            a, b = args[-2:]
-            self.products += a.shape[0] * a.shape[1] * b.shape[1]
-        for value in torch.utils._pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._note(value)
-        return result
-
-    def _note(self, value: torch.Tensor) -> None:
-        storage = value.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        self.largest = max(self.largest, value.numel())
-        self._storages.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-        def gone() -> None:
-            self.alive -= size
-            self._storages.discard(key)
-
-        weakref.finalize(value, gone)

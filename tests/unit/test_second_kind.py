@@ -1,6 +1,6 @@
 """A kind of adapted module that the package does not know: it trains a bias. The protocol carries it everywhere."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from lora_converter.adapted import AdaptedModule, adapt
 from lora_converter.peft import from_model
 from lora_converter.run.job import Job
 from lora_converter.sync import AdapterReceiver, IncrementReceiver, pack
-from lora_converter.tensors import copy_full_, full_tensor
+from lora_converter.tensors import copy_full_, full_tensor, local_part, shard_like
 
 
 class BiasAdapter(AdaptedModule):
@@ -44,9 +44,11 @@ class BiasAdapter(AdaptedModule):
     def reset_adapter(self, seed: int) -> None:
         copy_full_(self.shift, torch.zeros(self.shift.shape))
 
-    @torch.no_grad()
-    def delta_weights(self) -> dict[str, torch.Tensor]:
-        return {"bias": full_tensor(self.shift).float()}
+    def merged_names(self) -> list[str]:
+        return ["bias"]
+
+    def local_updates(self, weight: str) -> Iterator[torch.Tensor]:
+        yield local_part(shard_like(full_tensor(self.shift), self.bias)).float()
 
     def remove_adapter(self) -> None:
         del self.shift
