@@ -71,13 +71,13 @@ def _add_import(command: argparse.ArgumentParser) -> None:
 
 def _merge(options: argparse.Namespace) -> str:
     count = merge_directories(options.base, options.adapter, options.output, dtype=DTYPES.get(options.dtype))
-    return f"Merged {count} adapted linears of {options.adapter} into {options.base}: {options.output}"
+    return f"Merged {count} adapted modules of {options.adapter} into {options.base}: {options.output}"
 
 
 def _export(options: argparse.Namespace) -> str:
     adapter = _read_step(options.checkpoint, options.custom_import, base=options.base)
     save_peft(adapter, options.output, dtype=DTYPES[options.dtype])
-    return f"Wrote {len(adapter.factors)} adapted linears as a PEFT directory: {options.output}"
+    return f"Wrote {len(adapter.factors)} adapted modules as a PEFT directory: {options.output}"
 
 
 def _inspect(options: argparse.Namespace) -> str:

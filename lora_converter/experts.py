@@ -18,6 +18,7 @@ No activation needs a collective for it, and the gradient of a whole factor is a
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -49,12 +50,16 @@ class LoRAExperts(AdaptedModule):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        names = [_factor_names(weight) for weight in cls.expert_weights]
-        cls.adapter_parameter_names = tuple(name for pair in names for name in pair)
-        cls.zero_at_start = tuple(b for _, b in names)
+        cls.peft_factors = {weight: _factor_names(weight) for weight in cls.expert_weights}
+        cls.adapter_parameter_names = tuple(name for pair in cls.peft_factors.values() for name in pair)
+        cls.zero_at_start = tuple(b for _, b in cls.peft_factors.values())
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {name: self.get_parameter(name) for name in self.adapter_parameter_names if name in self._parameters}
+
+    def peft_names(self) -> dict[str, tuple[str, str]]:
+        own = self.merged_names()
+        return {weight: names for weight, names in super().peft_names().items() if weight.rpartition(".")[2] in own}
 
     def merged_names(self) -> list[str]:
         return [weight for weight in self.expert_weights if _factor_names(weight)[0] in self._parameters]
@@ -182,3 +187,19 @@ def add_expert_adapters(
 def experts_of(model: nn.Module, classes: ExpertClasses) -> dict[str, tuple[nn.Module, type[LoRAExperts]]]:
     """Plain name -> the experts modules of a model, each with the kind that adapts it."""
     return {fqn: (module, classes[type(module)]) for fqn, module in plain_modules(model) if type(module) in classes}
+
+
+def expert_shapes(
+    model: nn.Module, classes: ExpertClasses = MappingProxyType({})
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Plain name of an experts module -> its weights that can be adapted -> (experts, out_features, in_features).
+
+    Args:
+        classes: Those of modules without adapters; modules that have some are found without.
+    """
+    found = {}
+    for fqn, module in plain_modules(model):
+        kind = type(module) if isinstance(module, LoRAExperts) else classes.get(type(module))
+        if kind is not None:
+            found[fqn] = {weight: tuple(module.get_parameter(weight).shape) for weight in kind.expert_weights}
+    return found

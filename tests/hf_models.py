@@ -27,6 +27,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 
@@ -110,6 +112,29 @@ def tiny_deepseek_v3() -> PreTrainedModel:
         attn_implementation="eager",
     )
     return _with_random_weights(DeepseekV3ForCausalLM, config, 0)
+
+
+def tiny_qwen3_moe() -> PreTrainedModel:
+    """Experts in every layer, no shared one."""
+    config = Qwen3MoeConfig(
+        hidden_size=64,
+        intermediate_size=160,
+        moe_intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        vocab_size=320,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+        attn_implementation="eager",
+    )
+    return _with_random_weights(Qwen3MoeForCausalLM, config, 0)
 
 
 def tiny_llama4() -> PreTrainedModel:
@@ -209,6 +234,12 @@ qwen3_args["hf_tiny"] = Qwen3ModelArgs(
     rope_theta=1000000.0, norm_eps=1e-6,
 )  # fmt: skip
 
+qwen3_args["hf_tiny_moe"] = replace(
+    qwen3_args["hf_tiny"], moe_enabled=True, moe_inter_dim=48,
+    moe_args=MoEArgs(num_experts=4, num_shared_experts=0, top_k=2, score_func="softmax", route_norm=True,
+                     score_before_experts=False, use_grouped_mm=False),
+)  # fmt: skip
+
 deepseekv3_args["hf_tiny"] = DeepSeekV3ModelArgs(
     vocab_size=320, dim=64, inter_dim=160, moe_inter_dim=48, n_layers=3, n_dense_layers=1, n_heads=4, norm_eps=1e-5,
     moe_args=MoEArgs(num_experts=4, num_shared_experts=1, top_k=2, score_func="sigmoid", route_norm=True,
@@ -245,6 +276,7 @@ HF_MODELS = {
         ("--model.name=llama4", "--model.flavor=hf_tiny", "--lora.target_modules=*.attention.*"),
         r"language_model\..*\.[qkvo]_proj",
     ),
+    "qwen3_moe": HFModel(tiny_qwen3_moe, ("--model.name=qwen3", "--model.flavor=hf_tiny_moe")),
     "qwen3": HFModel(tiny_qwen3, ("--model.name=qwen3", "--model.flavor=hf_tiny")),
 }
 

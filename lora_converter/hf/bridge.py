@@ -4,20 +4,21 @@
     PEFT   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight, .lora_B.weight
 
 Names, row orders and splits are the StateDictAdapter's (`naming.py`); which parameters are PEFT's factors is the
-adapted module's to say (`AdaptedModule.peft_factors`).
+adapted module's to say (`AdaptedModule.peft_factors`). Routed experts are in `expert_bridge.py`.
 """
 
 import logging
 import re
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 
 import torch
 
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
-from lora_converter.hf.folder import open_model
-from lora_converter.hf.merge_plan import can_be_merged
+from lora_converter.hf.expert_bridge import briefly, host_experts
+from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.peft_directory import PeftAdapter
 
@@ -36,10 +37,10 @@ LinearShapes = dict[str, tuple[int, int]]
 """FQN of a linear -> (out_features, in_features)."""
 
 PeftNames = Mapping[str, tuple[str, str]]
-"""Adapted weight, `<fqn>.weight` -> the adapter parameters that are its lora_A and lora_B."""
+"""Adapted weight, `<fqn>.weight` or `<experts>.w1` -> the adapter parameters that are its lora_A and lora_B."""
 
 _WORDS = {
-    "missing": "adapted linears are missing in it",
+    "missing": "adapted modules are missing in it",
     "misshapen": "have another shape",
     "unknown": "of its modules have no adapter here",
 }
@@ -52,6 +53,7 @@ def to_peft(
     linears: LinearShapes,
     config: LoRAConfig,
     *,
+    experts: ExpertShapes = MappingProxyType({}),
     alphas: Mapping[str, float] | None = None,
     has_experts: bool = False,
     base_model: str = "",
@@ -64,6 +66,7 @@ def to_peft(
         names: Of every adapted weight.
         linears: All linears of the model, adapted or not.
         config: The job's; each weight has a rank of its own.
+        experts: The model's modules of routed experts, at least the adapted ones.
         alphas: Adapted weight -> alpha, where it is not the job's.
         has_experts: The model has routed experts, see `linears_like_experts`.
 
@@ -72,10 +75,14 @@ def to_peft(
     """
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     own_alphas: dict[str, float] = {}
+    of_experts: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for weight, (name_a, name_b) in sorted(names.items()):
-        fqn = weight.removesuffix(".weight")
-        out_features, in_features = linears[fqn]
+        fqn, _, last = weight.rpartition(".")
         a, b = state_dict[name_a], state_dict[name_b]
+        if fqn in experts:
+            of_experts.setdefault(fqn, {})[last] = (a, b)
+            continue
+        out_features, in_features = linears[fqn]
         for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
             factors[hf.name] = (
                 a if hf.columns is None else a[:, hf.columns],
@@ -85,17 +92,26 @@ def to_peft(
     as_parameters = linears_like_experts(factors) if has_experts else []
     if as_parameters and config.dropout:
         logger.warning(NO_DROPOUT, config.dropout)
+    targets = _shortest_targets(factors.keys() - set(as_parameters), names_of_linears(adapter, linears))
+    parameters = [f"{module}.weight" for module in as_parameters]
+    for module in host_experts(adapter, {fqn: experts[fqn] for fqn in of_experts}):
+        weight = next(iter(of_experts[module.fqn]))
+        alpha = (alphas or {}).get(f"{module.fqn}.{weight}", config.alpha)
+        found, own = module.to_peft(of_experts[module.fqn], alpha=alpha, use_rslora=config.use_rslora)
+        factors, own_alphas = factors | found, own_alphas | own
+        targets += [part.name.rpartition(".")[2] for part in module.parts if part.expert is not None]
+        parameters += [part.name for part in module.parts if part.expert is None and part.name in found]
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
         use_rslora=config.use_rslora,
-        target_modules=_shortest_targets(factors.keys() - set(as_parameters), names_of_linears(adapter, linears)),
+        target_modules=sorted(set(targets)),
         base_model=base_model,
         base_fingerprint=base_fingerprint,
         alphas={module: alpha for module, alpha in own_alphas.items() if alpha != config.alpha},
-        target_parameters=[f"{module}.weight" for module in as_parameters],
+        target_parameters=parameters,
     )
 
 
@@ -113,48 +129,6 @@ def linears_like_experts(modules: Iterable[str]) -> list[str]:
     return [module for module in modules if module.rpartition(".")[2] in _NAMES_OF_EXPERTS]
 
 
-def check_exportable(adapter: StateDictAdapter | None, linears: LinearShapes, adapted: Iterable[str]) -> None:
-    """Finds out before the training what would otherwise fail after it.
-
-    Raises:
-        ValueError: An adapted linear has no name in Hugging Face's terms; all such are named.
-    """
-    if adapter is None:
-        raise ValueError("checkpoint.last_save_in_hf: the model has no StateDictAdapter to name PEFT's modules by.")
-    nameless = []
-    for fqn in adapted:
-        try:
-            hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
-        except ValueError:
-            nameless.append(fqn)
-    if nameless:
-        raise ValueError(
-            f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {len(nameless)} "
-            f"adapted linears: {', '.join(nameless)}. Name them in lora.exclude_modules, or leave last_save_in_hf at "
-            "false."
-        )
-
-
-def check_mergeable(adapter: StateDictAdapter, linears: LinearShapes, adapted: Iterable[str], base: str) -> None:
-    """The same for merging: every adapted linear's weight is in the base's files, and not quantized.
-
-    Raises:
-        ValueError: Some are not; all are named.
-    """
-    folder = open_model(base)
-    names = [
-        name
-        for fqn in adapted
-        for name in hf_names(adapter, fqn, out_features=linears[fqn][0], in_features=linears[fqn][1])
-    ]
-    wrong = [f"{name}.weight" for name in names if not can_be_merged(folder, name)]
-    if wrong:
-        raise ValueError(
-            f"lora.save_merged: {len(wrong)} adapted weights are not in {base}, or quantized there: "
-            f"{', '.join(wrong)}. Name their linears in lora.exclude_modules, or leave save_merged at false."
-        )
-
-
 def from_peft(
     adapter: StateDictAdapter,
     peft: PeftAdapter,
@@ -163,6 +137,7 @@ def from_peft(
     *,
     configs: Mapping[str, LoRAConfig],
     what: str,
+    experts: ExpertShapes = MappingProxyType({}),
 ) -> dict[str, torch.Tensor]:
     """The inverse: full tensors in the host's names.
 
@@ -170,6 +145,7 @@ def from_peft(
         names: Of every adapted weight of the model.
         configs: Adapted weight -> its adapter's settings.
         what: What is read, for messages.
+        experts: As for `to_peft`; `peft` is fitted to them (`fitted_to`).
 
     Raises:
         ValueError: `what` lacks modules, has modules that are not adapted, or has another width; all are named.
@@ -178,6 +154,8 @@ def from_peft(
     misfit, used = Misfit(), set()
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn = weight.removesuffix(".weight")
+        if fqn not in linears:
+            continue
         out_features, in_features = linears[fqn]
         rank, alpha = configs[weight].rank, configs[weight].alpha
         a, b = torch.empty(rank, in_features), torch.empty(out_features, rank)
@@ -196,7 +174,16 @@ def from_peft(
                 a[:, slice(None) if hf.columns is None else hf.columns] = hf_a.float()
                 b[slice(None) if hf.rows is None else hf.rows] = hf_b.float()
         state_dict[name_a], state_dict[name_b] = a, b
-    misfit.unknown = sorted(set(peft.factors) - used)
+    adapted = {weight.rpartition(".")[0] for weight in names}
+    for module in host_experts(adapter, {fqn: shapes for fqn, shapes in experts.items() if fqn in adapted}):
+        own = {last: configs[f"{module.fqn}.{last}"] for last in module.shapes if f"{module.fqn}.{last}" in names}
+        for last, pair in module.from_peft(peft, own, misfit).items():
+            state_dict |= dict(zip(names[f"{module.fqn}.{last}"], pair, strict=True))
+        used |= {part.name for part in module.parts}
+    misfit.missing, misfit.unknown = (
+        briefly(misfit.missing),
+        briefly(sorted({*misfit.unknown, *peft.factors.keys() - used})),
+    )
     misfit.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint="Check lora.target_modules.")
     return state_dict
 

@@ -86,20 +86,34 @@ def _fitted(peft: PeftAdapter, modules: Iterable[str], layer: StoredExperts) -> 
         yield from _stacked(peft, single, layer)
 
 
+def shares_of_rank(b: torch.Tensor, outputs: Sequence[torch.Tensor | slice]) -> list[slice | None]:
+    """Which part of a stack's rank belongs to each of the products that it holds; None of one that has no update.
+
+    A block-diagonal B, which a zero one is too, gives each its own part. Else they share all of it.
+
+    Args:
+        b: (experts, out_features, rank).
+        outputs: Those of each product.
+    """
+    rank, several = b.shape[-1], len(outputs)
+    own = [b[:, places] for places in outputs]
+    parts = [slice(i * rank // several, (i + 1) * rank // several) for i in range(several)]
+    pairs = zip(own, parts, strict=True)
+    if rank % several == 0 and not any(o[..., : p.start].any() or o[..., p.stop :].any() for o, p in pairs):
+        return list(parts)
+    return [slice(0, rank) if each.any() else None for each in own]
+
+
 def _taken_apart(peft: PeftAdapter, stacks: Mapping[str, str], layer: StoredExperts) -> Fitted:
-    """Stacks as adapters of single experts. Gate and up share all of A, unless B is block-diagonal, or zero."""
+    """Stacks as adapters of single experts."""
     for stack, (down, up) in _straight(peft, stacks, layer).items():
-        rank, factor = down.shape[1], peft.scaling_of(stacks[stack])
-        products, width = (
-            (layer.spelling[:2], up.shape[1] // 2) if stack == INNER else (layer.spelling[2:], up.shape[1])
-        )
-        places = [slice(None)] if stack == OUTER else [layer.outputs(half, width) for half in (0, 1)]
-        columns = [slice(None)] * len(places)
-        halves = [slice(0, rank // 2), slice(rank // 2, rank)]
-        if stack == INNER and rank % 2 == 0 and not any(up[:, places[i], halves[1 - i]].any() for i in (0, 1)):
-            columns, rank = halves, rank // 2
-        alpha = alpha_for(factor, rank, use_rslora=peft.use_rslora)
-        for product, rows, kept in zip(products, places, columns, strict=True):
+        products = layer.spelling[:2] if stack == INNER else layer.spelling[2:]
+        width = up.shape[1] // len(products)
+        outputs = [layer.outputs(half, width) for half in (0, 1)] if stack == INNER else [slice(None)]
+        for product, rows, kept in zip(products, outputs, shares_of_rank(up, outputs), strict=True):
+            if kept is None:
+                continue
+            alpha = alpha_for(peft.scaling_of(stacks[stack]), kept.stop - kept.start, use_rslora=peft.use_rslora)
             for number in range(layer.experts):
                 yield f"{layer.name}.{number}.{product}", (down[number, kept], up[number, rows, kept]), alpha
 

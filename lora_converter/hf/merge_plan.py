@@ -114,11 +114,6 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
     return plan
 
 
-def can_be_merged(base: ModelFolder, module: str) -> bool:
-    """Whether a module's weight is in the base, or tied to one that is, and not quantized."""
-    return not without_weight(base, [module])
-
-
 def without_weight(base: ModelFolder, modules: Iterable[str]) -> list[str]:
     """The modules that cannot be merged into a base: their weights are not in it, or quantized.
 

@@ -1,16 +1,17 @@
 """The model's weights in Hugging Face's names and orders, asked of the model's own StateDictAdapter.
 
-No table per model: `to_hf` is given index tensors instead of weights, once for each dim, with each row's number in it,
-then each column's. What comes back says under which names a weight is stored and which of its rows and columns stand
-where (Llama's q and k rows are reordered for RoPE, stacked experts are taken apart). One weight is asked at a time, and
-no index tensor takes more memory than the dim that it counts through.
+No table per model: `to_hf` is given index tensors instead of weights (`probes.py`), once for each dim, with each row's
+number in it, then each column's. What comes back says under which names a weight is stored and which of its rows and
+columns stand where (Llama's q and k rows are reordered for RoPE, stacked experts are taken apart).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_converter.hf.probes import along, ask, count, line_of, select
 
 
 class StateDictAdapter(Protocol):
@@ -45,6 +46,9 @@ class HFPart:
     dims: tuple[int | None, ...]
     indices: tuple[torch.Tensor | None, ...]
 
+    places: tuple[torch.Tensor | None, ...] = (None,) * 8
+    """Of each of T's dims, the indices in V that are T's, where V holds others beside it; None if all of them."""
+
 
 def hf_parts(adapter: StateDictAdapter, key: str, shape: tuple[int, ...]) -> list[HFPart]:
     """Where a tensor of the host stands in Hugging Face's model; several parts if it is split.
@@ -53,8 +57,8 @@ def hf_parts(adapter: StateDictAdapter, key: str, shape: tuple[int, ...]) -> lis
         ValueError: The adapter cannot express the tensor by itself, or does so by more than splitting it along one dim,
             reordering what is along a dim, and reordering dims.
     """
-    every = [_count(size) for size in shape]
-    probes = [_along(numbers, dim, shape) for dim, numbers in enumerate(every)]
+    every = [count(size) for size in shape]
+    probes = [along(numbers, dim, shape) for dim, numbers in enumerate(every)]
     answers = [_convert(adapter, key, probes[0])]
     names = list(answers[0])
     if len(names) == 1 and answers[0][names[0]] is probes[0]:  # renamed, and otherwise passed through
@@ -62,15 +66,61 @@ def hf_parts(adapter: StateDictAdapter, key: str, shape: tuple[int, ...]) -> lis
     answers += [_convert(adapter, key, probe) for probe in probes[1:]]
     parts = []
     for name in names:
-        lines = [line for answer in answers if (line := _line(answer[name])) is not None]
-        dims, there = tuple(dim for dim, _ in lines), tuple(answers[0][name].shape)
-        if len(lines) < len(shape) or any(size > 1 and dim not in dims for dim, size in enumerate(there)):
+        part = _part(name, [answer[name] for answer in answers], shape)
+        if part is None:
             raise ValueError(_mixes(adapter, key, name))
-        pairs = zip((numbers for _, numbers in lines), every, strict=True)
-        parts.append(HFPart(name, there, dims, tuple(None if torch.equal(n, e) else n for n, e in pairs)))
+        parts.append(part)
     if not _covers(parts, every):
         raise ValueError(f"{key}: {type(adapter).__name__} does not store each of its {shape[0]} rows once.")
     return parts
+
+
+def hf_parts_together(adapter: StateDictAdapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[HFPart]]:
+    """The same for tensors of as many dims that the adapter expresses together alone, as one weight that holds several.
+
+    Args:
+        shapes: The host's names -> shapes.
+
+    Raises:
+        ValueError: As `hf_parts`.
+    """
+    number = {key: torch.tensor(i, dtype=torch.int32) for i, key in enumerate(shapes)}
+    what = ", ".join(shapes)
+    owners = ask(adapter, {key: number[key].expand(shape) for key, shape in shapes.items()}, what)
+    dims = range(len(next(iter(shapes.values()))))
+    answers = [
+        ask(adapter, {key: along(count(shape[dim]), dim, shape) for key, shape in shapes.items()}, what) for dim in dims
+    ]
+    parts: dict[str, list[HFPart]] = {key: [] for key in shapes}
+    for name, owner in owners.items():
+        split = line_of(owner)
+        if split is None:
+            raise ValueError(_mixes(adapter, what, name))
+        dim, numbers = split
+        for key, shape in shapes.items():
+            own = (numbers == number[key]).nonzero().flatten().int()
+            if not len(own):
+                continue
+            held = [answer[name] if dim is None else select(answer[name], dim, own) for answer in answers]
+            part = _part(name, held, shape)
+            if part is None:
+                raise ValueError(_mixes(adapter, key, name))
+            places = tuple(own if there == dim and dim is not None else None for there in part.dims)
+            parts[key].append(replace(part, shape=tuple(owner.shape), places=places))
+    for key, shape in shapes.items():
+        if not _covers(parts[key], [count(size) for size in shape]):
+            raise ValueError(f"{what}: {type(adapter).__name__} does not store each of their rows once.")
+    return parts
+
+
+def _part(name: str, answers: Sequence[torch.Tensor], shape: tuple[int, ...]) -> HFPart | None:
+    """What a weight holds of a tensor, by the numbers of each dim that stand in it; None if it mixes them."""
+    lines = [line for answer in answers if (line := line_of(answer)) is not None]
+    dims, there = tuple(dim for dim, _ in lines), tuple(answers[0].shape)
+    if len(lines) < len(shape) or any(size > 1 and dim not in dims for dim, size in enumerate(there)):
+        return None
+    pairs = zip((numbers for _, numbers in lines), map(count, shape), strict=True)
+    return HFPart(name, there, dims, tuple(None if torch.equal(n, every) else n for n, every in pairs))
 
 
 @dataclass(frozen=True)
@@ -136,43 +186,11 @@ def hf_names(adapter: StateDictAdapter, fqn: str, *, out_features: int, in_featu
 
 
 def _convert(adapter: StateDictAdapter, key: str, probe: torch.Tensor) -> dict[str, torch.Tensor]:
-    try:
-        try:
-            with _CompactCopies():
-                return adapter.to_hf({key: probe})
-        except RuntimeError:  # it views a copy in a way that only memory of its own allows
-            return adapter.to_hf({key: probe})
-    except Exception as e:
-        raise ValueError(f"{key}: {type(adapter).__name__} cannot express it in Hugging Face's terms ({e!r}).") from e
+    return ask(adapter, {key: probe}, key)
 
 
 def _mixes(adapter: StateDictAdapter, key: str, name: str) -> str:
     return f"{key}: {type(adapter).__name__} mixes rows and columns in {name}; no adapter fits that."
-
-
-def _count(size: int) -> torch.Tensor:
-    """0, 1, ..., size - 1."""
-    return torch.arange(size, dtype=torch.int32)
-
-
-def _along(numbers: torch.Tensor, dim: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of a shape that has everywhere its index in one dim. It takes the memory of `numbers`."""
-    return numbers.view(-1, *[1] * (len(shape) - dim - 1)).expand(shape)
-
-
-def _line(numbers: torch.Tensor) -> tuple[int | None, torch.Tensor] | None:
-    """The dim along which numbers differ, and them; no dim if all are one number; None if they differ otherwise."""
-    core = _compact(numbers)
-    if core.dtype != torch.int32 or not core.numel():  # what computes with them does more than reorder
-        return None
-    dims = [dim for dim, size in enumerate(core.shape) if size > 1]
-    for dim in dims:
-        line = core.movedim(dim, 0).reshape(core.shape[dim], -1)[:, 0]
-        if not bool((line == line[0]).all()):
-            same = len(dims) == 1 or bool((core == line.view(-1, *[1] * (core.ndim - dim - 1))).all())
-            return (dim, line) if same else None
-    one = core.flatten()[:1]
-    return (None, one) if not dims or bool((core == one).all()) else None
 
 
 def _covers(parts: list[HFPart], every: list[torch.Tensor]) -> bool:
@@ -187,23 +205,3 @@ def _are_all(found: list[torch.Tensor | None], every: torch.Tensor) -> bool:
     if found == [None]:
         return True
     return torch.equal(torch.cat([every if numbers is None else numbers for numbers in found]).sort().values, every)
-
-
-def _compact(numbers: torch.Tensor) -> torch.Tensor:
-    """The same without the repetitions that take no memory: 1 along each dim of stride 0."""
-    return numbers[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in numbers.stride())]
-
-
-class _CompactCopies(TorchDispatchMode):
-    """Copies of expanded tensors stay expanded: an index tensor of a weight of GiB is a list of numbers."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.clone.default:
-            copy = _compact(args[0]).clone(memory_format=torch.contiguous_format)
-            return copy.expand(args[0].shape)
-        return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """To skip it would import it, which takes seconds."""
-        return False

@@ -75,14 +75,17 @@ class PeftSource:
         _check_has_base(model, self._path)
         check_peft_forms_everywhere(model)
         names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
-        adapted, peft = model.adapted_fqns(), load_peft_everywhere(self._path, adapter, linears)
+        adapted, experts = model.adapted_fqns(), model.expert_shapes()
+        peft = load_peft_everywhere(self._path, adapter, linears, experts)
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
         there = replace(description, lora={**description.lora, **own})
         check_same_run(self._path, there, description, there=adapted, here=adapted)
         self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
         of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
-        self._state_dict = from_peft(adapter, peft, names, linears, configs=of_weights, what=self._path)
+        self._state_dict = from_peft(
+            adapter, peft, names, linears, configs=of_weights, what=self._path, experts=experts
+        )
         self._base_fingerprint = peft.base_fingerprint
 
     def load(self) -> None:

@@ -93,7 +93,7 @@ class Description:
 
         Args:
             job: The description of that job.
-            there: The adapted linears of the step.
+            there: The adapted modules of the step.
             here: Those of the job.
         """
         pairs: list[tuple[str, Any, Any]] = [

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lora_converter.experts import ExpertClasses
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.run.job import Job
 
@@ -76,8 +77,10 @@ class Host(Protocol):
 class ModelSource(Protocol):
     """What a host gives without a job: its models, for tools that read step folders."""
 
-    def __call__(self, model: str, flavor: str, custom_import: str = "") -> tuple[nn.Module, StateDictAdapter]:
-        """The model on the meta device, and its StateDictAdapter.
+    def __call__(
+        self, model: str, flavor: str, custom_import: str = ""
+    ) -> tuple[nn.Module, StateDictAdapter, ExpertClasses]:
+        """The model on the meta device, its StateDictAdapter, and the host's classes of routed experts.
 
         Args:
             custom_import: Module to import first, which registers the model.

@@ -7,6 +7,7 @@ import torch
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
+from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.ranks import agreed, gather_all, gather_to_first, union_over_ranks
@@ -96,6 +97,11 @@ class RunModel:
         """FQN -> (out_features, in_features) of the linears of all ranks. A collective."""
         mine = {fqn: shape for part in self.parts for fqn, shape in linear_shapes(part).items()}
         return {fqn: shape for found in gather_all(mine) for fqn, shape in found.items()}
+
+    def expert_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Adapted experts modules of all ranks -> their weights -> (experts, out, in). A collective."""
+        mine = {fqn: shapes for part in self.parts for fqn, shapes in expert_shapes(part).items()}
+        return {fqn: shapes for found in gather_all(mine) for fqn, shapes in found.items()}
 
     def gather_adapters(self) -> dict[str, torch.Tensor]:
         """The adapters of all pipeline stages as full CPU tensors on rank 0, nothing elsewhere. A collective.

@@ -2,18 +2,23 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
 
-from lora_converter.adapted import adapter_parameters, has_stacked_experts, modules_of
+from lora_converter.adapted import AdaptedModule, adapter_parameters, has_stacked_experts, modules_of
 from lora_converter.adapters import apply_lora
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dcp.reader import read_metadata
+from lora_converter.experts import expert_shapes, experts_of
 from lora_converter.files import digest
+from lora_converter.fit import Misfit
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import LinearShapes, names_of_linears, to_peft
+from lora_converter.hf.expert_bridge import briefly, fitted_to, host_experts, settings_of
+from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_name
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
@@ -27,25 +32,41 @@ from lora_converter.targets import select_targets
 C = TypeVar("C", bound=RunConfig)
 
 
-def load_peft_everywhere(path: str, adapter: StateDictAdapter, linears: LinearShapes) -> PeftAdapter:
-    """`load_peft` on every rank, of one and the same adapter, under the names that the model's modules have.
+def load_peft_everywhere(
+    path: str, adapter: StateDictAdapter, linears: LinearShapes, experts: ExpertShapes = MappingProxyType({})
+) -> PeftAdapter:
+    """`load_peft` on every rank, of one and the same adapter, in the names and forms that the model's modules have.
 
     Args:
         adapter: The model's.
         linears: All linears of the model.
+        experts: Its modules of routed experts.
 
     Raises:
         ValueError: On all ranks, if one cannot read its folder, or if they hold different adapters.
     """
     peft, found = together(lambda: (load_peft(path), digest(Path(path, CONFIG_FILE), Path(path, WEIGHTS_FILE))))
     agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
-    return peft.renamed(Aliases(names_of_linears(adapter, linears)))
+    peft = peft.renamed(Aliases(names_of_linears(adapter, linears)))
+    try:
+        return fitted_to(peft, host_experts(adapter, experts))
+    except ValueError as e:
+        raise ValueError(f"lora.initial_adapter_path: {path}: {e}") from None
 
 
-def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, linears: LinearShapes) -> C:
+def config_of_peft(
+    config: C,
+    peft: PeftAdapter,
+    adapter: StateDictAdapter,
+    linears: LinearShapes,
+    experts: ExpertShapes = MappingProxyType({}),
+) -> C:
     """`[lora]` for a run that starts from a PEFT directory: what is left at its default comes from the directory.
 
     Rank, alpha, their patterns, rsLoRA and targets; dropout stays the run's own affair.
+
+    Args:
+        peft: As `load_peft_everywhere` gives it.
 
     Raises:
         ValueError: A setting is not at its default and differs from the directory's.
@@ -59,19 +80,34 @@ def config_of_peft(config: C, peft: PeftAdapter, adapter: StateDictAdapter, line
                 f"Leave lora.{name} out to take the adapter's."
             )
     modules = {fqn: module for fqn, shape in linears.items() if (module := _module_of(peft, adapter, fqn, shape))}
-    if not modules:
-        raise ValueError(f"{what} adapts {', '.join(sorted(peft.factors))}; the model has none of them.")
+    weights, of_experts = _experts_of(peft, adapter, experts)
+    if not modules and not weights:
+        raise ValueError(f"{what} adapts {', '.join(briefly(sorted(peft.factors)))}; the model has none of them.")
     config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
     if config.target_modules == default.target_modules and not config.exclude_modules:
-        config = replace(config, target_modules=list(modules))
-    targets = select_targets(list(linears), targets=config.target_modules, exclude=config.exclude_modules)
-    ranks = {fqn: peft.rank_of(modules[fqn]) for fqn in targets if fqn in modules}
-    alphas = {fqn: peft.alpha_of(modules[fqn]) for fqn in targets if fqn in modules}
-    return replace(
-        config,
-        rank_pattern=config.rank_pattern or {fqn: rank for fqn, rank in ranks.items() if rank != peft.rank},
-        alpha_pattern=config.alpha_pattern or {fqn: alpha for fqn, alpha in alphas.items() if alpha != peft.alpha},
+        config = replace(config, target_modules=[*modules, *weights])
+    every = [f"{fqn}.{weight}" for fqn, shapes in experts.items() for weight in shapes]
+    targets = select_targets(
+        list(linears), targets=config.target_modules, exclude=config.exclude_modules, experts=every
     )
+    own = {fqn: (peft.rank_of(modules[fqn]), peft.alpha_of(modules[fqn])) for fqn in targets if fqn in modules}
+    own |= {fqn: of_experts[fqn] for name in targets if (fqn := name.rpartition(".")[0]) in of_experts}
+    ranks = {fqn: rank for fqn, (rank, _) in own.items() if rank != peft.rank}
+    alphas = {fqn: alpha for fqn, (_, alpha) in own.items() if alpha != peft.alpha}
+    return replace(config, rank_pattern=config.rank_pattern or ranks, alpha_pattern=config.alpha_pattern or alphas)
+
+
+def _experts_of(
+    peft: PeftAdapter, adapter: StateDictAdapter, experts: ExpertShapes
+) -> tuple[list[str], dict[str, tuple[int, float]]]:
+    """The experts' weights that an adapter adapts, and each of their modules' rank and alpha."""
+    weights: list[str] = []
+    settings: dict[str, tuple[int, float]] = {}
+    for module in host_experts(adapter, experts):
+        if read := module.read(peft, Misfit()):
+            weights += [each.name for each in read.values()]
+            settings[module.fqn] = settings_of(read, peft.use_rslora)
+    return weights, settings
 
 
 def _module_of(peft: PeftAdapter, adapter: StateDictAdapter, fqn: str, shape: tuple[int, int]) -> str:
@@ -99,18 +135,26 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         raise ValueError(f"{path} is no complete step folder of a LoRA run: it has no {DESCRIPTION}.")
     metadata = read_metadata(path)
     try:
-        model, adapter = models(described.model, described.flavor, custom_import or described.custom_import)
+        model, adapter, classes = models(described.model, described.flavor, custom_import or described.custom_import)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    stored, linears = metadata.state_dict_metadata, linear_shapes(model)
-    _, foreign = adapters_in(metadata, [LoRALinear], model.state_dict())
+    stored = metadata.state_dict_metadata
+    kinds: list[type[AdaptedModule]] = [LoRALinear, *set(classes.values())]
+    linears, experts = linear_shapes(model), expert_shapes(model, classes)
+    _, foreign = adapters_in(metadata, kinds, model.state_dict())
     if foreign:
         raise ValueError(f"{path}: PEFT has no form for {', '.join(foreign)}.")
     config = LoRAConfig(**described.lora)
     targets = [fqn for fqn in modules_of(stored, [LoRALinear]) if fqn in linears]
+    targets += [
+        f"{fqn}.{weight}"
+        for fqn, (_, kind) in experts_of(model, classes).items()
+        for weight, (a, _) in kind.peft_factors.items()
+        if f"{fqn}.{a}" in stored
+    ]
     if not targets:
         raise ValueError(f"{path} is damaged: no adapter is not what {DESCRIPTION} says.")
-    adapted = apply_lora(model, replace(config, target_modules=targets, exclude_modules=[]))
+    adapted = apply_lora(model, replace(config, target_modules=targets, exclude_modules=[]), expert_classes=classes)
     params = adapter_parameters(model)
     wrong = [name for name, param in params.items() if getattr(stored.get(name), "size", None) != param.shape]
     if wrong:
@@ -123,6 +167,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         {weight: names for linear in adapted for weight, names in linear.peft_names().items()},
         linears,
         config,
+        experts=experts,
         alphas={weight: linear.lora_config.alpha for linear in adapted for weight in linear.peft_names()},
         has_experts=has_stacked_experts(model),
         base_model=base or described.base,

@@ -122,7 +122,8 @@ class Run:
         adapter = self.host.naming
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
-        has_experts, state_dict = self.model.has_experts(), self.model.gather_adapters()
+        has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
+        state_dict = self.model.gather_adapters()
         if is_first_rank():
             peft = to_peft(
                 adapter,
@@ -130,6 +131,7 @@ class Run:
                 names,
                 linears,
                 self.config,
+                experts=experts,
                 alphas=alphas_of(names, configs),
                 has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
@@ -138,7 +140,7 @@ class Run:
             if not is_peft_directory(path):
                 discard(Path(path))
             save_peft(peft, path, dtype=self.job.export_dtype, replace=True)
-            logger.info(f"LoRA: wrote {len(peft.factors)} adapted linears as a PEFT directory to {path}.")
+            logger.info(f"LoRA: wrote {len(configs)} adapted modules as a PEFT directory to {path}.")
 
     def finish(self) -> None:
         """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""

@@ -16,8 +16,9 @@ from torchtitan.tools.logging import logger
 from lora_converter.adapted import check_peft_forms
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
+from lora_converter.experts import expert_shapes
 from lora_converter.figures import percent, short
-from lora_converter.hf.bridge import check_exportable, check_mergeable
+from lora_converter.hf.export_checks import check_exportable, check_mergeable
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.linear import linear_shapes
@@ -92,19 +93,20 @@ class LoRAConverter:
 
     def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
         """That what is to be written at the end can be, before the training."""
-        adapter, linears, job = self._state_dict_adapter(model), linear_shapes(model), job_of(self.job_config)
-        check_exportable(adapter, linears, adapted)
+        adapter, job = self._state_dict_adapter(model), job_of(self.job_config)
+        linears, experts = linear_shapes(model), expert_shapes(model)
+        check_exportable(adapter, linears, adapted, experts)
         if job.config.save_merged and adapter is not None and job.base is not None:
             base = job.base.path
-            together(lambda: check_mergeable(adapter, linears, adapted, base))
+            together(lambda: check_mergeable(adapter, linears, adapted, base, experts))
 
     def _config_of_peft(self, model: nn.Module) -> LoRA:
         adapter, config = self._state_dict_adapter(model), self.job_config.lora
         if adapter is None:
             raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
-        linears = linear_shapes(model)
-        peft = load_peft_everywhere(config.initial_adapter_path, adapter, linears)
-        return config_of_peft(config, peft, adapter, linears)
+        linears, experts = linear_shapes(model), expert_shapes(model, EXPERT_CLASSES)
+        peft = load_peft_everywhere(config.initial_adapter_path, adapter, linears, experts)
+        return config_of_peft(config, peft, adapter, linears, experts)
 
     def _state_dict_adapter(self, model: nn.Module) -> StateDictAdapter | None:
         spec = get_train_spec(self.job_config.model.name)

@@ -11,13 +11,17 @@ import torch.nn as nn
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
+from lora_converter.experts import ExpertClasses
 from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.titan.experts import EXPERT_CLASSES
 
 logger = logging.getLogger(__name__)
 
 
-def model_on_meta(model: str, flavor: str, custom_import: str = "") -> tuple[nn.Module, StateDictAdapter]:
-    """A model without weights, and its StateDictAdapter.
+def model_on_meta(
+    model: str, flavor: str, custom_import: str = ""
+) -> tuple[nn.Module, StateDictAdapter, ExpertClasses]:
+    """A model without weights, its StateDictAdapter, and the classes of its routed experts.
 
     Args:
         custom_import: Module to import first, which registers the model, as `experimental.custom_import` does.
@@ -40,7 +44,8 @@ def model_on_meta(model: str, flavor: str, custom_import: str = "") -> tuple[nn.
         ) from None
     if spec.state_dict_adapter is None:
         raise ValueError(f"{model} has no StateDictAdapter to name Hugging Face's modules by.")
-    return built_on_meta(spec, args, JobConfig()), for_names(spec.state_dict_adapter(args, None))
+    naming = for_names(spec.state_dict_adapter(args, None))
+    return built_on_meta(spec, args, JobConfig()), naming, EXPERT_CLASSES
 
 
 def for_names(adapter: Any) -> Any:

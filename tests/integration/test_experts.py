@@ -6,12 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from harness import BASE_CONFIG, build, finish, train
-from hf_models import HF_MODELS, save_hf
 from tiny_models import MODELS
 
 from lora_converter.adapted import adapted_modules
-from lora_converter.run.peft_io import read_step_as_peft
-from lora_converter.titan.models import model_on_meta
 from lora_converter.titan.phases import _check_targets
 
 EXPERTS = "--lora.target_modules=all-linear,experts"
@@ -59,23 +56,6 @@ def test_experts_are_counted_as_far_as_they_are_active(tmp_path: Path) -> None:
     assert flops[1] == pytest.approx(attention + 6 * trained + 4 * frozen, rel=1e-9)
 
 
-@pytest.mark.parametrize("also", [[], ["--lora.save_merged"]], ids=["adapter", "merged"])
-def test_an_export_is_refused_before_the_training(tmp_path: Path, also: list[str]) -> None:
-    base = save_hf("deepseek_v3", tmp_path / "base")
-    source = [f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf"]
-    options = [
-        *HF_MODELS["deepseek_v3"].options,
-        *source,
-        "--checkpoint.last_save_in_hf",
-        "--checkpoint.last_save_model_only",
-        EXPERTS,
-        *also,
-    ]
-    with pytest.raises(ValueError, match=r"^deepseek_v3/hf_tiny: PEFT has no form for 2 adapted modules \(experts mod"):
-        build(tmp_path / "run", *options)
-    build(tmp_path / "run", *options, "--lora.exclude_modules=experts").trainer.close()
-
-
 def test_dropout_is_refused_before_the_training_and_before_a_first_phase(tmp_path: Path) -> None:
     options = [*DEEPSEEK, EXPERTS, "--lora.dropout=0.1"]
     says = r"^deepseek_v3/tiny: lora.dropout = 0.1: adapters on routed experts have none, .* Set it to 0, or "
@@ -104,8 +84,6 @@ def test_a_step_is_continued_by_the_same_experts_alone(tmp_path: Path) -> None:
         run.trainer.close()
     second = train(tmp_path / "run", *base, EXPERTS, "--training.steps=4")
     assert second.losses == whole.losses[2:]
-    with pytest.raises(ValueError, match=r"PEFT has no form for layers.1.moe.experts.w1_lora_a"):
-        read_step_as_peft(tmp_path / "run" / "checkpoint" / "step-4", model_on_meta)
 
 
 def test_a_step_with_fewer_products_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ BAD = {
     ),
     "one linear missing": (
         tensors(drop(f"{KEY}.k_proj.lora_A", f"{KEY}.k_proj.lora_B")),
-        f"F does not fit the model. 1 adapted linears are missing in it: {ATTENTION}.k_proj.",
+        f"F does not fit the model. 1 adapted modules are missing in it: {ATTENTION}.k_proj.",
     ),
     "one linear too many": (
         tensors(put(f"{KEY}.v_proj", out=32, size_in=64)),

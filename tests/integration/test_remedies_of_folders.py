@@ -125,7 +125,7 @@ def test_an_adapter_that_brings_weights_is_merged_and_the_result_trained_on(
 def test_the_linears_are_those_of_the_adapter_or_left_out(hf_base: Path, tmp_path: Path) -> None:
     expected = peft_adapter(tmp_path / "adapter", hf_base)
     start = [*on(hf_base), f"--lora.initial_adapter_path={tmp_path}/adapter", "--lora.rank=16"]
-    for trouble, told in (("wq,wk", "adapted linears are missing in it"), ("wk,wo", "have no adapter here")):
+    for trouble, told in (("wq,wk", "adapted modules are missing in it"), ("wk,wo", "have no adapter here")):
         with pytest.raises(ValueError, match=rf"{told}.* Check lora\.target_modules\.$"):
             loaded(tmp_path / "run", *start, f"--lora.target_modules={trouble}")
     for remedy in (["--lora.target_modules=wq"], []):
@@ -162,7 +162,7 @@ def test_linears_without_a_hugging_face_name_are_excluded_or_the_step_stays_dcp(
     advice = r"Name them in lora\.exclude_modules, or leave last_save_in_hf at false\.$"
     with pytest.raises(ValueError, match=advice) as error:
         build(tmp_path / "run", *job, "--checkpoint.last_save_in_hf")
-    named = str(error.value).split("adapted linears: ")[1].partition(". Name")[0].split(", ")
+    named = str(error.value).split("adapted modules: ")[1].partition(". Name")[0].split(", ")
     goes_on(tmp_path / "left", *job)
     assert (step(tmp_path / "left", 3) / ".metadata").exists()
     goes_on(tmp_path / "run", *job, "--checkpoint.last_save_in_hf", f"--lora.exclude_modules={','.join(named)}")
@@ -177,7 +177,7 @@ def test_weights_that_cannot_be_merged_are_excluded_or_not_merged(hf_base: Path,
         {**weights, key: weights[key].to(torch.float8_e4m3fn)}, tmp_path / "base/model.safetensors", {"format": "pt"}
     )
     job = [*on(tmp_path / "base"), "--checkpoint.last_save_model_only", *PEFT]
-    with pytest.raises(ValueError, match=r"Name their linears in lora\.exclude_modules, or leave save_merged at false"):
+    with pytest.raises(ValueError, match=r"Name their modules in lora\.exclude_modules, or leave save_merged at false"):
         build(tmp_path / "run", *job, "--lora.save_merged")
     goes_on(tmp_path / "left", *job)
     assert key.removesuffix(".weight") in load_peft(step(tmp_path / "left", 3)).factors
