@@ -1,201 +1,247 @@
-"""Adapters on routed experts in PEFT and back, on transformers' own models.
+"""Adapters on routed experts in PEFT's files, against PEFT and transformers themselves."""
 
-Tried with PEFT 0.21.2 and transformers 5.23, which stack experts.
-"""
-
+import json
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
-from harness import Run, build, train
-from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
+from moe_models import FUSED_BY_TRANSFORMERS, MODELS, logits, save_fused
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch.nn.attention.flex_attention import flex_attention
-from torch.testing import assert_close
-from torchtitan.models.attention import FlexAttentionWrapper
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lora_converter import adapter_parameters
-from lora_converter.cli import main
-from lora_converter.tensors import copy_full_
+from lora_converter.config import scaling
+from lora_converter.hf.expert_patterns import split_expert
+from lora_converter.hf.experts import fit_experts
+from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
+from lora_converter.hf.peft_directory import load_peft, save_peft
+from lora_converter.merge import merge_directories
 
-TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
-pytestmark = [
+pytestmark = pytest.mark.filterwarnings(
     # PEFT looks for the keys of its patterns among the modules that it adapts, and not among the parameters.
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
-    # It stacks the experts of all layers or of none: those without adapters get new ones, whose B is zero.
-    pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning"),
-]
+    "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+)
 
-MIXTURES = ["qwen3_moe", "deepseek_v3", "llama4"]
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def job(name: str, folder: Path, *options: str) -> Run:
-    """A run on a Hugging Face folder of a mixture, loaded."""
-    base = folder / "base"
-    if not base.exists():
-        save_hf(name, base)
-    here = [*HF_MODELS[name].options[:2], f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf"]
-    run = build(folder / "run", *here, *options)
-    run.trainer.checkpointer.load()
-    run.trainer.model_parts[0].eval()
-    return run
-
-
-def trained(name: str, folder: Path, *options: str) -> Run:
-    """The same with every B away from zero."""
-    run = job(name, folder, *options)
-    fill_b(adapter_parameters(run.trainer.model_parts[0]))
-    return run
-
-
-def fill_b(parameters: dict[str, torch.nn.Parameter]) -> None:
-    for number, (key, param) in enumerate(parameters.items()):
-        if key.endswith(("lora_b.weight", "_lora_b", "lora_B.default.weight")):
-            generator = torch.Generator().manual_seed(number)
-            copy_full_(param, torch.empty(param.shape).normal_(std=0.1, generator=generator))
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def randomised(model: PreTrainedModel, parameters: list[str], **options: Any) -> PeftModel:
+    """PEFT's own adapter, every B away from zero."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **options}
+    if "q_b_proj" in dict(model.named_modules()) or model.config.model_type == "deepseek_v3":
+        settings["target_modules"] = ["q_b_proj"]
+    peft = get_peft_model(model, LoraConfig(target_parameters=parameters, task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(1)
     with torch.no_grad():
-        if isinstance(model, PreTrainedModel | PeftModel):
-            return model.eval()(input_ids=TOKENS).logits
-        return model.eval()(TOKENS)
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return peft
 
 
-SELECTIONS = {
-    "all": ["--lora.target_modules=all-linear,experts"],
-    "experts of another rank": ["--lora.target_modules=all-linear,experts", "--lora.expert_rank=3"],
-    "rsLoRA": ["--lora.target_modules=all-linear,experts", "--lora.use_rslora"],
-    "rsLoRA, another rank": [
-        "--lora.target_modules=*.attention.*,experts",
-        "--lora.use_rslora",
-        "--lora.expert_rank=3",
-    ],
-    "experts alone": ["--lora.target_modules=experts"],
-    "one product": ["--lora.target_modules=*.experts.w1"],
-    "one layer": ["--lora.target_modules=*.attention.*,layers.1.moe.experts", "--lora.expert_rank=2"],
-    "a layer of its own rank": [
-        "--lora.target_modules=experts",
-        "--lora.rank_pattern",
-        "layers.1.moe.experts",
-        "2",
-    ],
-}
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """As transformers reads them."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-@pytest.mark.parametrize("selection", list(SELECTIONS))
-@pytest.mark.parametrize("name", MIXTURES)
-def test_an_export_gives_peft_our_logits_and_comes_back(name: str, selection: str, tmp_path: Path) -> None:
-    run = trained(name, tmp_path, *SELECTIONS[selection])
-    expected = logits(run.trainer.model_parts[0])
-    run.trainer.checkpointer.run.write_peft(str(tmp_path / "peft"))
-    base = HF_MODELS[name].make()
-    untouched = logits(base)
-    found = logits(PeftModel.from_pretrained(base, tmp_path / "peft"))
-    assert (found - untouched).abs().max() > 1e-1
-    assert_close(found, expected, rtol=1e-5, atol=HF_MODELS[name].atol * 3)  # larger logits than there
-    run.trainer.close()
-    again = job(
-        name, tmp_path, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16", "--checkpoint.folder=again"
+@pytest.mark.parametrize("form", ["published", "fused"])
+@pytest.mark.parametrize(
+    "parameters", [EXPERTS, EXPERTS[:1], ["down_proj"]], ids=["both products", "gate and up", "down"]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_peft_trained_on_stacked_experts_merges_as_peft_merges_it(
+    name: str, parameters: list[str], form: str, tmp_path: Path
+) -> None:
+    model = MODELS[name]()
+    if form == "published":
+        model.save_pretrained(tmp_path / "base")
+    else:
+        save_fused(model, tmp_path / "base")
+    peft = randomised(model, parameters, use_rslora=name == "mixtral", rank_pattern={"down_proj": 6})
+    peft.save_pretrained(tmp_path / "adapter")
+    read = load_peft(tmp_path / "adapter")
+    merged = merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    expected = peft.merge_and_unload().state_dict()
+    stacked = [module for module, (a, _) in read.factors.items() if a.ndim == 3]
+    single = form == "published" and name in FUSED_BY_TRANSFORMERS
+    products = sum(2 if single and module.endswith("gate_up_proj") else 1 for module in stacked)
+    assert stacked and merged == 4 * products + len(read.factors) - len(stacked)
+    found = weights_of(tmp_path / "merged")
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_directory_written_here_loads_in_peft_as_the_one_it_was_read_from(name: str, tmp_path: Path) -> None:
+    options = {"rank_pattern": {"gate_up_proj": 6}, "alpha_pattern": {r".*1\.mlp\.experts\.down_proj": 3}}
+    peft = randomised(MODELS[name](), EXPERTS, **options)
+    peft.save_pretrained(tmp_path / "theirs")
+    read = load_peft(tmp_path / "theirs")
+    save_peft(read, tmp_path / "ours")
+    again = load_peft(tmp_path / "ours")
+    assert again.alphas == read.alphas and {len(again.factors)} == {len(read.factors)}
+    assert load_file(tmp_path / "ours" / WEIGHTS_FILE).keys() == load_file(tmp_path / "theirs" / WEIGHTS_FILE).keys()
+    loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path / "ours")
+    assert torch.equal(logits(loaded), logits(peft))
+
+
+def by_expert(
+    model: PreTrainedModel, spelling: tuple[str, str, str], *, rank: int, alpha: float, **settings: Any
+) -> PeftAdapter:
+    """An adapter on every expert of a model whose experts transformers has stacked, and on an attention linear."""
+    torch.manual_seed(2)
+    factors, moe = {}, "block_sparse_moe" if spelling[0] == "w1" else "mlp"
+    for name, parameter in model.named_parameters():
+        if not name.endswith("experts.gate_up_proj"):
+            continue
+        experts, double, hidden = parameter.shape
+        for e in range(experts):
+            for product, (out, taken) in zip(
+                spelling, [(double // 2, hidden), (double // 2, hidden), (hidden, double // 2)], strict=True
+            ):
+                key = f"{name.removesuffix('gate_up_proj').replace('.mlp.', f'.{moe}.')}{e}.{product}"
+                factors[key] = (torch.randn(rank, taken) / 4, torch.randn(out, rank) / 4)
+    attention = model.model.layers[1].self_attn.o_proj
+    factors["model.layers.1.self_attn.o_proj"] = (
+        torch.randn(5, attention.in_features) / 4,
+        torch.randn(attention.out_features, 5) / 4,
     )
-    assert torch.equal(logits(again.trainer.model_parts[0]), expected)
-    again.trainer.checkpointer.run.write_peft(str(tmp_path / "second"))
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "peft" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-    again.trainer.close()
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_a_run_writes_both_forms_at_its_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The merged model is PEFT's own merge, and what the run computes; the command line writes the same adapter."""
-    base = save_hf(name, tmp_path / "base")
-    options = [
-        *HF_MODELS[name].options[:2],
-        f"--checkpoint.initial_load_path={base}",
-        "--checkpoint.initial_load_in_hf",
-    ]
-    options += ["--lora.target_modules=*.attention.*,experts", "--lora.expert_rank=3", "--optimizer.lr=0.02"]
-    ends = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--lora.save_merged"]
-    run = train(tmp_path / "run", *options, *ends)
-    adapter, steps = tmp_path / "run" / "checkpoint" / "step-3", tmp_path / "same" / "checkpoint" / "step-3"
-    model = HF_MODELS[name].make()
-    untouched = logits(model)
-    merged = type(model).from_pretrained(tmp_path / "run" / "checkpoint" / "merged-3", attn_implementation="eager")
-    expected = logits(run.trainer.model_parts[0])
-    assert (expected - untouched).abs().max() > 1e-2
-    assert_close(logits(merged), expected, rtol=1e-5, atol=HF_MODELS[name].atol * 3)
-    theirs = PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
-    for key, value in merged.state_dict().items():
-        assert_close(value, theirs[key], rtol=1e-6, atol=1e-7)
-    train(tmp_path / "same", *options)
-    assert main(["export", "--checkpoint", str(steps), "--output", str(tmp_path / "peft")]) == 0
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "peft" / file).read_bytes() == (adapter / file).read_bytes()
-
-
-@pytest.mark.parametrize("name", MIXTURES)
-def test_what_peft_trained_on_stacked_experts_is_taken(name: str, tmp_path: Path) -> None:
-    """By `target_parameters`, as PEFT's own training of experts goes."""
-    base = HF_MODELS[name].make()
-    config = LoraConfig(
-        r=3,
-        lora_alpha=5,
-        target_modules=["q_proj", "o_proj"],
-        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    values: dict[str, Any] = {"rank": 5, "alpha": 9.0, "dropout": 0.0, "use_rslora": False, **settings}
+    return PeftAdapter(
+        factors=factors,
+        target_modules=["model.layers.1.self_attn.o_proj", *spelling],
+        alphas={module: alpha for module in factors if split_expert(module) and alpha != values["alpha"]},
+        **values,
     )
-    if name == "llama4":
-        config.target_modules = r"language_model\..*\.[qo]_proj"
-    twin = get_peft_model(base, config)
-    fill_b(dict(twin.named_parameters()))
-    expected = logits(twin)
-    twin.save_pretrained(tmp_path / "peft")
-    run = job(name, tmp_path, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
-    assert (run.trainer.checkpointer.run.config.rank, run.trainer.checkpointer.run.config.alpha) == (3, 5.0)
-    assert_close(logits(run.trainer.model_parts[0]), expected, rtol=1e-5, atol=HF_MODELS[name].atol * 3)
-    run.trainer.close()
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_products_of_several_ranks_and_scalings_are_taken(rslora: bool, tmp_path: Path) -> None:
-    """PEFT's own: gate and up of rank 2 r as one stack, down of rank r, and with rsLoRA of another scaling."""
-    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    twin = get_peft_model(
-        HF_MODELS["qwen3_moe"].make(), LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_rslora=rslora)
-    )
-    fill_b(dict(twin.named_parameters()))
-    twin.save_pretrained(tmp_path / "peft")
-    run = job("qwen3_moe", tmp_path, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
-    assert_close(logits(run.trainer.model_parts[0]), logits(twin), rtol=1e-5, atol=HF_MODELS["qwen3_moe"].atol * 3)
-    state = dict(adapter_parameters(run.trainer.model_parts[0]))
-    assert state["layers.0.attention.wq.lora_a.weight"].shape[0] == 3
-    a, b = state["layers.0.moe.experts.w2_lora_a"], state["layers.0.moe.experts.w2_lora_b"]
-    assert a.shape[2] == 6 and b[..., :3].all() and not b[..., 3:].any() and a[..., 3:].all()  # which can train
-    run.trainer.close()
+def updated(model: PreTrainedModel, adapter: PeftAdapter, spelling: tuple[str, str, str]) -> PreTrainedModel:
+    """The model with the updates added to its weights, written out."""
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for module, (a, b) in adapter.factors.items():
+            factor = scaling(a.shape[0], adapter.alpha_of(module), adapter.use_rslora)
+            if not (parts := split_expert(module)):
+                params[f"{module}.weight"] += factor * b @ a
+                continue
+            owner, place = parts[0].replace("block_sparse_moe", "mlp"), spelling.index(parts[2])
+            weight = params[f"{owner}.{'down_proj' if place == 2 else 'gate_up_proj'}"][parts[1]]
+            rows = weight if place == 2 else weight.chunk(2)[place]
+            rows += factor * b @ a
+    return model
 
 
-def test_gpt_oss_goes_to_peft_and_what_peft_trained_is_taken(tmp_path: Path) -> None:
-    """Forwards alone: transformers' attention, and FlexAttention uncompiled, which returns what the sinks need."""
-    source = save_gpt_oss(tiny_gpt_oss(), tmp_path / "base")
-    options = ["--model.name=gpt_oss", "--model.flavor=hf_tiny", "--checkpoint.initial_load_in_hf"]
-    options += [f"--checkpoint.initial_load_path={source}"]
-    twin = get_peft_model(
-        tiny_gpt_oss(), LoraConfig(r=5, lora_alpha=7, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
-    )
-    fill_b(dict(twin.named_parameters()))
-    twin.save_pretrained(tmp_path / "peft")
-    run = build(tmp_path / "run", *options, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
-    model = run.trainer.model_parts[0].float().eval()
-    run.trainer.checkpointer.load()
-    masks = model.get_attention_masks(input_batch=TOKENS, tokenizer=run.trainer.tokenizer)
-    with torch.no_grad(), mock.patch.object(FlexAttentionWrapper, "_compiled_flex_attn", flex_attention):
-        actual = model(TOKENS, attention_masks=masks)
-    assert (logits(twin) - logits(tiny_gpt_oss())).abs().max() > 1e-2
-    assert_close(actual, logits(twin), rtol=1e-5, atol=1e-5)
-    run.trainer.checkpointer.run.write_peft(str(tmp_path / "again"))
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "again"))
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_gpt_oss(), tmp_path / "again")), logits(twin))
-    run.trainer.close()
+SPELLINGS = {"qwen3_moe": 0, "deepseek_v3": 0, "mixtral": 1}
+NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+@pytest.mark.parametrize("use_rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize(("rank", "alpha"), [(5, 9.0), (3, 9.0), (3, 4.0)], ids=["same", "rank", "rank and alpha"])
+@pytest.mark.parametrize("name", FUSED_BY_TRANSFORMERS)
+def test_adapters_on_single_experts_load_in_peft_with_their_scaling(
+    name: str, rank: int, alpha: float, use_rslora: bool, tmp_path: Path
+) -> None:
+    spelling = NAMES[SPELLINGS[name]]
+    adapter = by_expert(MODELS[name](), spelling, rank=rank, alpha=alpha, use_rslora=use_rslora)
+    save_peft(adapter, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / CONFIG_FILE).read_text())
+    assert len(config.get("rank_pattern", {})) <= 3 and len(config.get("alpha_pattern", {})) <= 3
+    read = load_peft(tmp_path / "ours")
+    assert {m: (read.rank_of(m), read.alpha_of(m)) for m in read.factors} == {
+        m: (adapter.rank_of(m), adapter.alpha_of(m)) for m in adapter.factors
+    }
+    expected = logits(updated(MODELS[name](), adapter, spelling))
+    assert (expected - logits(MODELS[name]())).abs().max() > 0.1
+    model = PeftModel.from_pretrained(MODELS[name](), tmp_path / "ours")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "theirs")  # which sorts the tables, and stacks the experts
+    again = PeftModel.from_pretrained(MODELS[name](), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    # Read here, and taken apart, it is what was written.
+    shapes = {f"{m}.weight": (b.shape[0], a.shape[1]) for m, (a, b) in adapter.factors.items()}
+    back = fit_experts(load_peft(tmp_path / "theirs"), shapes, model_type=name)
+    assert back.factors.keys() == adapter.factors.keys()
+    for module, (a, b) in adapter.factors.items():
+        assert torch.equal(back.factors[module][0], a) and torch.equal(back.factors[module][1], b)
+        assert back.alpha_of(module) == adapter.alpha_of(module), module
+
+
+@pytest.mark.parametrize("form", ["published", "fused"])
+@pytest.mark.parametrize("name", FUSED_BY_TRANSFORMERS)
+def test_adapters_on_single_experts_merge_into_folders_of_either_form(name: str, form: str, tmp_path: Path) -> None:
+    spelling = NAMES[SPELLINGS[name]]
+    adapter = by_expert(MODELS[name](), spelling, rank=3, alpha=4.0, use_rslora=True)
+    save_peft(adapter, tmp_path / "adapter")
+    if form == "published":
+        MODELS[name]().save_pretrained(tmp_path / "base")
+    else:
+        save_fused(MODELS[name](), tmp_path / "base")
+    merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    expected = updated(MODELS[name](), adapter, spelling).state_dict()
+    found = weights_of(tmp_path / "merged")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_of_layers_with_ranks_of_their_own_load_in_peft(tmp_path: Path) -> None:
+    model = MODELS["qwen3_moe"]()
+    first = by_expert(model, NAMES[0], rank=3, alpha=4.0)
+    second = by_expert(model, NAMES[0], rank=6, alpha=5.0)
+    factors = {m: (second if ".1.mlp" in m else first).factors[m] for m in first.factors}
+    alphas = {m: 5.0 if ".1.mlp" in m else 4.0 for m in factors if split_expert(m)}
+    adapter = replace(first, factors=factors, alphas=alphas)
+    save_peft(adapter, tmp_path / "ours")
+    read = load_peft(tmp_path / "ours")
+    assert {m: (read.rank_of(m), read.alpha_of(m)) for m in factors} == {
+        m: (adapter.rank_of(m), adapter.alpha_of(m)) for m in factors
+    }
+    loaded = PeftModel.from_pretrained(MODELS["qwen3_moe"](), tmp_path / "ours")
+    expected = logits(updated(MODELS["qwen3_moe"](), adapter, NAMES[0]))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", [24, 16, 32], ids=["neither square", "gate and up square", "down square"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_an_old_peft_wrote_is_read_the_other_way_round(name: str, inner: int, tmp_path: Path) -> None:
+    """Before 0.19 A went over the second dim in every model."""
+    model = MODELS[name](inner)
+    model.save_pretrained(tmp_path / "base")
+    peft = randomised(model, EXPERTS)
+    peft.save_pretrained(tmp_path / "adapter")
+    if name != "gpt_oss":  # in which it goes there still
+        read = load_peft(tmp_path / "adapter")
+        turned = {m: (b.mT, a.mT) if a.ndim == 3 else (a, b) for m, (a, b) in read.factors.items()}
+        save_peft(replace(read, factors=turned, peft_version="0.18.0"), tmp_path / "old")
+    else:
+        (tmp_path / "adapter").rename(tmp_path / "old")
+        config = json.loads((tmp_path / "old" / CONFIG_FILE).read_text())
+        (tmp_path / "old" / CONFIG_FILE).write_text(json.dumps({**config, "peft_version": "0.18.0"}))
+    assert load_peft(tmp_path / "old").peft_version == "0.18.0"
+    merge_directories(tmp_path / "base", tmp_path / "old", tmp_path / "merged")
+    expected, found = peft.merge_and_unload().state_dict(), weights_of(tmp_path / "merged")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("version", ["0.18.0", "0.21.2"])
+def test_one_square_stack_alone_goes_by_the_version_and_the_kind_of_model(
+    name: str, version: str, tmp_path: Path
+) -> None:
+    model = MODELS[name](16)  # gate and up together are 32 x 32
+    model.save_pretrained(tmp_path / "base")
+    peft = randomised(model, EXPERTS[:1])
+    peft.save_pretrained(tmp_path / "adapter")
+    read = load_peft(tmp_path / "adapter")
+    if version == "0.18.0" and name != "gpt_oss":
+        turned = {m: (b.mT, a.mT) if a.ndim == 3 else (a, b) for m, (a, b) in read.factors.items()}
+        read = replace(read, factors=turned)
+    save_peft(replace(read, peft_version=version), tmp_path / "adapter_of_version")
+    merge_directories(tmp_path / "base", tmp_path / "adapter_of_version", tmp_path / "merged")
+    expected, found = peft.merge_and_unload().state_dict(), weights_of(tmp_path / "merged")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
