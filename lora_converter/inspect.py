@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import weight_shapes
 from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.merge import read_merge_record
@@ -15,14 +16,18 @@ Weights = dict[str, tuple[Path, list[int], str]]
 
 
 def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) -> str:
-    """Settings, sizes, and one line per adapted linear.
+    """Settings, sizes, and one line per adapted linear, or stack of experts.
 
     Args:
-        base: Hugging Face directory; with it each line says how large the update is beside the weight.
+        base: Hugging Face directory; with it each line says how large the update is beside the weight, and experts are
+            shown as it stores them.
 
     Raises:
         ValueError: The base lacks a weight.
     """
+    weights = weight_shapes(Path(base)) if base else {}
+    if base:
+        adapter = fit_experts(adapter, {key: shape for key, (_, shape, _) in weights.items()})
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
     ranks = _span(adapter.rank_of(module) for module in adapter.factors)
@@ -33,13 +38,12 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
         f"rank {ranks}, alpha {alphas}, scaling {scalings}{' (rsLoRA)' if adapter.use_rslora else ''}, "
         f"dropout {adapter.dropout:g}",
         f"targets: {', '.join([*adapter.target_modules, *adapter.target_parameters])}",
-        f"{len(adapter.factors)} linears, {parameters:,} parameters, {size:,} bytes",
+        f"{adapter.matrices} linears, {parameters:,} parameters, {size:,} bytes",
         f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}",
         "",
     ]
-    weights = weight_shapes(Path(base)) if base else {}
     for module, factors in adapter.factors.items():
-        weight = _read(weights, f"{module}.weight") if base else None
+        weight = _read(weights, module if factors[0].ndim == 3 else f"{module}.weight") if base else None
         lines.append(f"{module}  {_update(adapter.delta_weight(module), weight)}{_flag(factors)}")
     return "\n".join(lines)
 

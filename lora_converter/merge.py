@@ -84,7 +84,7 @@ def merge_directories(
             "targets": ", ".join(sorted(peft.target_modules)),
         }
         (draft / RECORD_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-    return plan.count
+    return plan.peft.matrices
 
 
 def read_merge_record(folder: Path) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def fit_experts(peft: PeftAdapter, stored: Mapping[str, Sequence[int]], *, model
         factors=dict(sorted(factors.items())),
         alphas={module: alpha for module, alpha in alphas.items() if alpha != peft.alpha},
         target_modules=_targets(peft.target_modules, factors),
-        target_parameters=[*filter(is_weight, peft.target_parameters), *stacked_names(factors)],
+        target_parameters=[*filter(is_weight, peft.target_parameters), *sorted(stacked_names(factors))],
         peft_version=PEFT_VERSION,
     )
 

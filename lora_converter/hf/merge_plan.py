@@ -68,12 +68,6 @@ class MergePlan:
     untied: bool = False
 
     @property
-    def count(self) -> int:
-        """How many matrices get an update: linears, and products of experts."""
-        factors = [self.peft.factors[update.module][0] for update in self.updates.values()]
-        return sum(a.shape[0] if a.ndim == 3 else 1 for a in factors)
-
-    @property
     def vocab_size(self) -> int | None:
         """Of the merged model, where the adapter brings an embedding."""
         sizes = {value.shape[0] for key, value in self.replaced.items()}

@@ -53,6 +53,11 @@ class PeftAdapter:
         """Factor of B A of the modules that have the adapter's own rank and alpha."""
         return scaling(self.rank, self.alpha, self.use_rslora)
 
+    @property
+    def matrices(self) -> int:
+        """How many matrices have an update: linears, and each expert's of a stack."""
+        return sum(a.shape[0] if a.ndim == 3 else 1 for a, _ in self.factors.values())
+
     def renamed(self, known: Aliases) -> "PeftAdapter":
         """The same adapter under the names that its modules have here; what is not found keeps its own.
 
