@@ -245,3 +245,84 @@ def test_one_square_stack_alone_goes_by_the_version_and_the_kind_of_model(
     expected, found = peft.merge_and_unload().state_dict(), weights_of(tmp_path / "merged")
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_experts_load_beside_dense_layers_and_shared_experts_of_other_ranks(tmp_path: Path) -> None:
+    """PEFT would take `gate_proj` and the like of both for routed experts, were they not named by their weights."""
+    model = MODELS["deepseek_v3"]()
+    routed = by_expert(model, NAMES[0], rank=3, alpha=4.0, use_rslora=True)
+    torch.manual_seed(4)
+    beside = {
+        name: (torch.randn(7, linear.in_features) / 4, torch.randn(linear.out_features, 7) / 4)
+        for name, linear in model.named_modules()
+        if isinstance(linear, torch.nn.Linear) and name.endswith(NAMES[0])
+    }
+    assert len(beside) == 6
+    adapter = replace(
+        routed,
+        factors={**routed.factors, **beside},
+        alphas={**routed.alphas, **dict.fromkeys(beside, 2.0)},
+        target_parameters=[f"{name}.weight" for name in beside],
+    )
+    save_peft(adapter, tmp_path / "ours")
+    expected = logits(updated(MODELS["deepseek_v3"](), adapter, NAMES[0]))
+    for at in ("ours", "theirs"):
+        loaded = PeftModel.from_pretrained(MODELS["deepseek_v3"](), tmp_path / at)
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "theirs")
+    MODELS["deepseek_v3"]().save_pretrained(tmp_path / "base")
+    for at in ("ours", "theirs"):
+        merge_directories(tmp_path / "base", tmp_path / at, tmp_path / f"merged {at}")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / f"merged {at}", dtype=torch.float32)
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loaders_that_know_experts_as_modules_give_them_their_rank_and_scaling(tmp_path: Path) -> None:
+    """As transformers 4 and vLLM do: PEFT itself on a model whose experts are linears."""
+    adapter = by_expert(MODELS["qwen3_moe"](), NAMES[0], rank=3, alpha=4.0, use_rslora=True)
+    save_peft(adapter, tmp_path / "ours")
+    model = torch.nn.Module()
+    model.prepare_inputs_for_generation = None  # for task_type = "CAUSAL_LM"
+    for module, (a, b) in adapter.factors.items():
+        at = model
+        for part in module.split(".")[:-1]:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = at.get_submodule(part)
+        at.add_module(module.rpartition(".")[2], torch.nn.Linear(a.shape[1], b.shape[0], bias=False))
+    loaded = PeftModel.from_pretrained(model, tmp_path / "ours")
+    for module, (a, b) in adapter.factors.items():
+        linear: Any = loaded.base_model.model.get_submodule(module)
+        assert linear.scaling["default"] == pytest.approx(adapter.scaling_of(module), rel=1e-12)
+        assert torch.equal(linear.lora_A["default"].weight, a) and torch.equal(linear.lora_B["default"].weight, b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_directory_of_stacks_alone_loads_in_peft(name: str, tmp_path: Path) -> None:
+    peft = randomised(MODELS[name](), EXPERTS)
+    peft.save_pretrained(tmp_path / "theirs")
+    read = load_peft(tmp_path / "theirs")
+    factors = {module: pair for module, pair in read.factors.items() if pair[0].ndim == 3}
+    save_peft(replace(read, factors=factors, target_modules=[]), tmp_path / "ours")
+    loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path / "ours")
+    with torch.no_grad():
+        for key, parameter in peft.named_parameters():
+            if "self_attn" in key and "lora_B" in key:
+                parameter.zero_()
+    assert torch.equal(logits(loaded), logits(peft))
+
+
+def test_what_gpt_oss_recipes_target_by_layer_is_read(tmp_path: Path) -> None:
+    """Before PEFT 0.18 a directory does not say who wrote it."""
+    model = MODELS["gpt_oss"](16)
+    model.save_pretrained(tmp_path / "base")
+    peft = randomised(model, ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"])
+    peft.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / CONFIG_FILE
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in config.items() if name != "peft_version"}))
+    assert sum(a.ndim == 3 for a, _ in load_peft(tmp_path / "adapter").factors.values()) == 2
+    merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    expected, found = peft.merge_and_unload().state_dict(), weights_of(tmp_path / "merged")
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
