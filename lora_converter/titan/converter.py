@@ -30,6 +30,7 @@ from lora_converter.titan.checks import (
     MISSING_CONFIG_MODULE,
     NAME,
     check_converter_order,
+    check_expert_biases,
     check_float8,
     check_phase,
     check_settings,
@@ -70,6 +71,7 @@ class LoRAConverter:
         """Adapters on the selected linears and experts, all else frozen, the model's class swapped. In place."""
         job_config = self.job_config
         try:
+            check_expert_biases(model, job_config.parallelism)
             path = job_config.lora.initial_adapter_path
             if path and agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
                 job_config.lora = self._config_of_peft(model)

@@ -24,7 +24,7 @@ from lora_converter.adapters import apply_lora
 from lora_converter.ranks import on_first_rank
 from lora_converter.run.claim import Claim
 from lora_converter.run.preemption import Preemption
-from lora_converter.titan.checks import check_settings
+from lora_converter.titan.checks import check_expert_biases, check_settings
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.host import end_process, log_phase
 from lora_converter.titan.installed import change_trainer
@@ -76,6 +76,7 @@ def _check_targets(job_config: Any) -> None:
     """Selects the targets of phase 2 on a model without weights: a wrong name is told before phase 1, not after it."""
     spec = get_train_spec(job_config.model.name)
     model = built_on_meta(spec, spec.model_args[job_config.model.flavor], job_config)
+    check_expert_biases(model, job_config.parallelism)
     apply_lora(model, job_config.lora, expert_classes=EXPERT_CLASSES)
 
 

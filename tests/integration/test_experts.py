@@ -2,13 +2,18 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from harness import BASE_CONFIG, build, finish, train
+from harness import BASE_CONFIG, build, finish, parse, train
 from tiny_models import MODELS
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols.train_spec import get_train_spec
 
 from lora_converter.adapted import adapted_modules
+from lora_converter.titan.converter import LoRAConverter
+from lora_converter.titan.models import built_on_meta
 from lora_converter.titan.phases import _check_targets
 
 EXPERTS = "--lora.target_modules=all-linear,experts"
@@ -67,6 +72,32 @@ def test_dropout_is_refused_before_the_training_and_before_a_first_phase(tmp_pat
     run.trainer.job_config.lora.dropout = 0.1
     with pytest.raises(ValueError, match=r"adapters on routed experts have none"):
         _check_targets(run.trainer.job_config)
+
+
+def convert(config: Any) -> None:
+    spec, degrees = get_train_spec(config.model.name), config.parallelism
+    tp, ep, etp = (getattr(degrees, f"{of}_parallel_degree") for of in ("tensor", "expert", "expert_tensor"))
+    dims = ParallelDims(dp_replicate=1, dp_shard=4 // tp, cp=1, tp=tp, pp=1, ep=ep, etp=etp, world_size=4)
+    LoRAConverter(config, dims).convert(built_on_meta(spec, spec.model_args[config.model.flavor], config))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "experts"])
+@pytest.mark.parametrize("start", [convert, _check_targets], ids=["job", "first phase"])
+def test_gpt_oss_is_refused_where_torchtitan_adds_a_bias_twice(tmp_path: Path, start: Any, targets: str) -> None:
+    """tests/unit/test_gpt_oss_experts.py has torchtitan's sum, tests/distributed/parity.py trains what is left."""
+
+    def begin(model: str, *layout: str) -> None:
+        degrees = [f"--parallelism.{of}_parallel_degree=2" for of in layout]
+        options = ["--checkpoint.initial_load_path=", f"--lora.target_modules={targets}"]
+        start(parse(tmp_path, *MODELS[model], *options, *degrees))
+
+    both = ("expert", "tensor", "expert_tensor")
+    says = r"adds a bias of gpt_oss's experts 2 times there, .* Leave out expert or tensor parallelism\."
+    with pytest.raises(ValueError, match=f"parallelism.expert_tensor_parallel_degree = 2: .* {says}"):
+        begin("gpt_oss", *both)
+    begin("gpt_oss", "expert")
+    begin("gpt_oss", "tensor")
+    begin("deepseek_v3", *both)
 
 
 def test_a_step_is_continued_by_the_same_experts_alone(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn as nn
 from test_experts import DIM, EXPERTS, HIDDEN, TOP_K, Operators, X, close, gradients, saved, with_adapters
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torchtitan.models.gpt_oss.model.args import GptOssModelArgs
 from torchtitan.models.gpt_oss.model.moe import GptOssGroupedExperts, GptOssMoE
 from torchtitan.models.moe.moe import MoEArgs
@@ -179,3 +181,21 @@ def test_the_update_merges_into_the_weights_and_leaves_the_biases() -> None:
     after = block.state_dict()
     changed = {name for name in plain if not torch.equal(plain[name], after[name])}
     assert after.keys() == plain.keys() and changed == {f"moe.experts.mlp{n}_weight" for n in (1, 2)}
+
+
+@pytest.mark.parametrize(("axes", "share"), [(("tp",), 1 / 2), (("ep", "etp"), 1)])
+@torch.no_grad()
+def test_a_rank_of_tp_adds_its_share_of_the_second_bias_as_torchtitan_does(axes: tuple[str, ...], share: float) -> None:
+    """Two ranks' outputs are added up, so the second case is torchtitan's mistake: that layout is refused."""
+    plain = make_block().moe.experts
+    plain.mlp2_bias.normal_()
+    bias, counts = plain.mlp2_bias.clone(), torch.ones(EXPERTS, dtype=torch.int64)
+    ranks = torch.arange(2).view([1] * (len(axes) - 1) + [2])
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=axes, _init_backend=False, _rank=0)
+    adapted = with_adapters(make_block(), fill=False).moe.experts
+    for experts in (plain, adapted):
+        for name in ("mlp1_weight", "mlp1_bias", "mlp2_weight", "mlp2_bias"):
+            local = bias if name == "mlp2_bias" else torch.zeros_like(experts.get_parameter(name))
+            sharded = DTensor.from_local(local, mesh, run_check=False)
+            experts._parameters[name] = nn.Parameter(sharded, requires_grad=False)
+        assert torch.equal(experts(torch.zeros(EXPERTS, DIM), counts), bias * share)
