@@ -1,6 +1,6 @@
 """What an adapter or a merged model holds, in words and numbers: the text of `lora-converter inspect`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -9,14 +9,13 @@ from safetensors import safe_open
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import weight_shapes
 from lora_converter.hf.peft_directory import PeftAdapter
+from lora_converter.inspect_experts import count_modules, describe_product, sorted_out, span, update_norm
 from lora_converter.merge import read_merge_record
 from lora_converter.tensors import is_finite
 
-Weights = dict[str, tuple[Path, list[int], str]]
-
 
 def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) -> str:
-    """Settings, sizes, and one line per adapted linear, or stack of experts.
+    """Settings, sizes, one line per adapted linear, and one per layer and product of adapted experts.
 
     Args:
         base: Hugging Face directory; with it each line says how large the update is beside the weight, and experts are
@@ -25,26 +24,31 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
     Raises:
         ValueError: The base lacks a weight.
     """
-    weights = weight_shapes(Path(base)) if base else {}
-    if base:
-        adapter = fit_experts(adapter, {key: shape for key, (_, shape, _) in weights.items()})
+    weights = _Weights(Path(base)) if base else None
+    if weights:
+        adapter = fit_experts(adapter, weights.shapes)
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
-    ranks = _span(adapter.rank_of(module) for module in adapter.factors)
-    alphas = _span(adapter.alpha_of(module) for module in adapter.factors)
-    scalings = _span(adapter.scaling_of(module) for module in adapter.factors)
+    ranks = span(adapter.rank_of(module) for module in adapter.factors)
+    alphas = span(adapter.alpha_of(module) for module in adapter.factors)
+    scalings = span(adapter.scaling_of(module) for module in adapter.factors)
     known = adapter.base_fingerprint
+    linears, products = sorted_out(adapter)
     lines = [
         f"rank {ranks}, alpha {alphas}, scaling {scalings}{' (rsLoRA)' if adapter.use_rslora else ''}, "
         f"dropout {adapter.dropout:g}",
         f"targets: {', '.join([*adapter.target_modules, *adapter.target_parameters])}",
-        f"{adapter.matrices} linears, {parameters:,} parameters, {size:,} bytes",
+        f"{count_modules(len(linears), products)}, {parameters:,} parameters, {size:,} bytes",
         f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}",
         "",
     ]
-    for module, factors in adapter.factors.items():
-        weight = _read(weights, module if factors[0].ndim == 3 else f"{module}.weight") if base else None
-        lines.append(f"{module}  {_update(adapter.delta_weight(module), weight)}{_flag(factors)}")
+    norm_of = weights.norm if weights else None
+    for module, (a, b) in linears.items():
+        shape = (a.shape[1], b.shape[0]) if adapter.fan_in_fan_out else (b.shape[0], a.shape[1])
+        norm = update_norm(a, b, adapter.scaling_of(module))
+        weight = norm_of(f"{module}.weight") if norm_of else None
+        lines.append(f"{module}  {_update(shape, norm, weight)}{_flag((a, b))}")
+    lines += [describe_product(name, experts, weight_norm=norm_of) for name, experts in products.items()]
     return "\n".join(lines)
 
 
@@ -59,48 +63,65 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         ValueError: The folder or the base holds no safetensors, or the base lacks a weight.
     """
     folder = Path(folder)
-    weights, record = weight_shapes(folder), read_merge_record(folder)
-    of_base = weight_shapes(Path(base)) if base else {}
+    weights, record = _Weights(folder), read_merge_record(folder)
+    of_base = _Weights(Path(base)) if base else None
     parameters, size, equal, lines = 0, 0, 0, []
-    for key in weights:
-        weight = _read(weights, key)
+    for key, shape in weights.shapes.items():
+        weight = weights.read(key)
         parameters, size = parameters + weight.numel(), size + weight.nbytes
         flag = _flag([weight])
-        if base and key in of_base and of_base[key][1] != weights[key][1]:
-            raise ValueError(f"{key} is {tuple(weights[key][1])} in {folder} and {tuple(of_base[key][1])} in {base}.")
-        update = weight.float() - _read(of_base, key).float() if base else None
-        if update is not None and (flag or update.any()):
-            lines.append(f"{key}  {_update(update, _read(of_base, key))}{flag}")
+        if of_base and of_base.shapes.get(key, shape) != shape:
+            raise ValueError(f"{key} is {shape} in {folder} and {of_base.shapes[key]} in {base}.")
+        update = weight.float() - of_base.read(key).float() if of_base else None
+        if of_base and update is not None and (flag or update.any()):
+            lines.append(f"{key}  {_update(update.shape, float(update.norm()), of_base.norm(key))}{flag}")
         elif flag:
             lines.append(f"{key}  {' x '.join(map(str, weight.shape))}{flag}")
         equal += update is not None and not update.any()
     settings = "rank {rank}, alpha {alpha:g}, scaling {scaling:g}\ntargets: {targets}\nadapter: {adapter}\nbase: {base}"
     head = [
         settings.format(**record) if record else "no record of a merge",
-        f"{len(weights)} weights, {parameters:,} parameters, {size:,} bytes",
+        f"{len(weights.shapes)} weights, {parameters:,} parameters, {size:,} bytes",
         *([f"{equal} weights equal the base's"] if base else []),
         "",
     ]
     return "\n".join([*head, *lines])
 
 
-def _span(values: Iterable[float]) -> str:
-    """One number, or the smallest and the largest of several."""
-    several = sorted(set(values))
-    return f"{several[0]:g}" if len(several) == 1 else f"{several[0]:g} to {several[-1]:g}"
+class _Weights:
+    """The weights of a model folder. The file that was read last stays open.
+
+    Raises:
+        ValueError: See `open_model`.
+    """
+
+    def __init__(self, folder: Path):
+        self._places = weight_shapes(folder)
+        self.shapes = {key: tuple(shape) for key, (_, shape, _) in self._places.items()}
+        self._path = Path()
+        self._file: safe_open | None = None
+
+    def read(self, key: str, row: int | None = None) -> torch.Tensor:
+        """A weight, or one row of its first dim: one expert's of stacked ones.
+
+        Raises:
+            ValueError: It is not there.
+        """
+        if key not in self._places:
+            raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
+        if self._file is None or self._path != self._places[key][0]:
+            self._path = self._places[key][0]
+            self._file = safe_open(self._path, framework="pt")
+        return self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1]
+
+    def norm(self, key: str, row: int | None = None) -> float:
+        """Of what `read` gives."""
+        return float(self.read(key, row).float().norm())
 
 
-def _update(update: torch.Tensor, weight: torch.Tensor | None) -> str:
-    norm = update.norm()
-    beside = "" if weight is None else f"  {100 * norm / weight.float().norm():.3g} % of |weight|"
-    return f"{' x '.join(map(str, update.shape))}  |update| {norm:.3e}{beside}"
-
-
-def _read(weights: Weights, key: str) -> torch.Tensor:
-    if key not in weights:
-        raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
-    with safe_open(weights[key][0], framework="pt") as file:
-        return file.get_tensor(key)
+def _update(shape: Sequence[int], norm: float, weight: float | None) -> str:
+    beside = "" if weight is None else f"  {100 * norm / weight:.3g} % of |weight|"
+    return f"{' x '.join(map(str, shape))}  |update| {norm:.3e}{beside}"
 
 
 def _flag(tensors: Iterable[torch.Tensor]) -> str:

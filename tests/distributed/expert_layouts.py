@@ -10,19 +10,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from collectives import forward_and_backward, trainer
+from collectives import Collectives, forward_and_backward, trainer
 from harness import BASE_CONFIG, finish, full_state
 from launch import main
 from memory import Made
 from parity import EP2, EXPERTS_TOO, FSDP2, STEPS, TP2, build_row, fill_b, losses_of, relative, row
 from tiny_models import base_options
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+from torchtitan.models.moe.moe import GroupedExperts
 
-from lora_converter import adapter_parameters, merge_adapter, merge_and_unload, unmerge_adapter
+from lora_converter import (
+    LoRAConfig,
+    adapter_parameters,
+    apply_lora,
+    merge_adapter,
+    merge_and_unload,
+    unmerge_adapter,
+)
 from lora_converter.adapted import adapted_modules, reshard
 from lora_converter.experts import LoRAExperts
 from lora_converter.fingerprint import base_fingerprint
 from lora_converter.sync import IncrementReceiver, pack
 from lora_converter.tensors import local_part
+from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.updates import add_updates
 
 HALF = STEPS // 2
@@ -83,19 +95,43 @@ def merging(folder: Path, *layout: str) -> dict[str, float]:
 
 
 def one_expert_at_a_time(experts: list[LoRAExperts]) -> dict[str, float]:
-    """No tensor that a merge makes on a rank is larger than its part of one expert's matrix, or of a layer's factor."""
+    """A merge gathers nothing, and makes nothing larger than this rank's part of an expert's matrix, or of a factor."""
     shares = {}
     for module in experts:
         for name in module.merged_names():
             part = local_part(module.get_parameter(name))
             whole_update, piece = module.get_parameter(name).numel(), part[:1].numel()
-            factors = [module.get_parameter(f"{name}_lora_{half}").numel() for half in "ab"]
-            with Made(*module.parameters()) as made:
+            factors = [local_part(module.get_parameter(f"{name}_lora_{half}")).numel() for half in "ab"]
+            with Collectives() as seen, Made(*module.parameters()) as made:
                 assert add_updates(part, module.local_updates(name))
+            assert not seen.counts, seen.counts
             assert made.largest <= max(piece, *factors) < whole_update, (name, made.largest, piece, factors)
             assert made.peak <= 4 * (5 * piece + sum(factors)), (name, made.peak, piece, factors)
             shares[f"{name}, of the whole update"] = made.largest / whole_update
     return shares
+
+
+def merging_by_features(folder: Path) -> dict[str, int]:
+    """FSDP2 that shards experts by features, as where they are fewer than ranks: A alone is gathered."""
+    one, two = (
+        nn.ModuleDict({"experts": GroupedExperts(dim=32, hidden_dim=48, num_experts=3, use_grouped_mm=False)})
+        for _ in range(2)
+    )
+    targets = ["experts.w1", "experts.w2"]
+    for model in (one, two):
+        apply_lora(model, LoRAConfig(rank=2, target_modules=targets), expert_classes=EXPERT_CLASSES)
+        for number, param in enumerate(model.parameters()):
+            param.data.normal_(generator=torch.Generator().manual_seed(number))
+    fully_shard(two["experts"], mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda param: Shard(1))
+    with Collectives() as seen:
+        merge_adapter(two)
+    gathered = seen.elements("all_gather_into_tensor")
+    factors = [param.numel() for name, param in adapter_parameters(one).items() if name.endswith("lora_a")]
+    assert gathered == sum(factors) // 2, seen.counts  # its input
+    merge_adapter(one)
+    for name, value in one.named_parameters():
+        torch.testing.assert_close(whole(two.get_parameter(name).detach()), value.detach())
+    return {"gathered": gathered}
 
 
 def all_ranks_refuse_what_one_finds(model: nn.Module, module: LoRAExperts) -> None:
@@ -187,6 +223,7 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         )
         for name, layout in {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2}.items():
             found[f"merging under {name}"] = lambda f, layout=layout: merging(f, *layout)
+        found["merging by features"] = merging_by_features
         found["increments reach plain models on other layouts"] = increments
     here = [layout for layout, needs in SAVED_ON.items() if needs.ranks == ranks]
     for layout in here:

@@ -35,7 +35,7 @@ FLOORS = [
     {"adapters", "fingerprint", "increments", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
-    {"inspect", "merge", "peft", "sync"},
+    {"inspect", "inspect_experts", "merge", "peft", "sync"},
     {"run"},
     {"titan"},
     {"cli", "train"},
