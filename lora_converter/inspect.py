@@ -9,7 +9,7 @@ from safetensors import safe_open
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import weight_shapes
 from lora_converter.hf.peft_directory import PeftAdapter
-from lora_converter.inspect_experts import count_modules, describe_product, sorted_out, span, update_norm
+from lora_converter.inspect_experts import count_modules, describe_product, percent, sorted_out, span, update_norm
 from lora_converter.merge import read_merge_record
 from lora_converter.tensors import is_finite
 
@@ -120,7 +120,7 @@ class _Weights:
 
 
 def _update(shape: Sequence[int], norm: float, weight: float | None) -> str:
-    beside = "" if weight is None else f"  {100 * norm / weight:.3g} % of |weight|"
+    beside = "" if weight is None else f"  {percent(norm, weight):.3g} % of |weight|"
     return f"{' x '.join(map(str, shape))}  |update| {norm:.3e}{beside}"
 
 

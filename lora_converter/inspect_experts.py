@@ -78,7 +78,7 @@ def describe_product(
     if norms:
         line += f"  |update| {_spread(norms, '.3e')}"
     if norms and weight_norm is not None:
-        beside = {n: 100 * norm / weight_norm(experts[n].weight, experts[n].row) for n, norm in norms.items()}
+        beside = {n: percent(norm, weight_norm(experts[n].weight, experts[n].row)) for n, norm in norms.items()}
         line += f"  {_spread(beside, '.3g')} % of |weight|"
     if untouched and len(untouched) < len(experts):
         line += f"  untouched: {_ranges(untouched)}"
@@ -111,6 +111,11 @@ def span(values: Iterable[float]) -> str:
     """One number, or the smallest and the largest of several."""
     several = sorted(set(values))
     return f"{several[0]:g}" if len(several) == 1 else f"{several[0]:g} to {several[-1]:g}"
+
+
+def percent(norm: float, weight: float) -> float:
+    """How large an update is beside its weight; infinite beside a weight of zeros."""
+    return 100 * norm / weight if weight else math.inf if norm else 0.0
 
 
 def _spread(values: Mapping[int, float], form: str) -> str:

@@ -112,6 +112,11 @@ def test_beside_a_base_it_says_how_large_the_updates_are_and_reads_one_expert_at
     assert f"  {spread}, median {sum(shares) / 2:.3g} % of |weight|" in line
 
 
+def test_a_base_of_zeros_is_no_error(tmp_path: Path) -> None:
+    save_file({f"{name}.weight": torch.zeros(WIDE, NARROW) for name in of_experts()}, tmp_path / "model.safetensors")
+    assert "  inf to inf (expert 0), median inf % of |weight|" in lines(of_experts(), base=tmp_path)[1]
+
+
 def test_a_base_without_the_experts_is_named(tmp_path: Path) -> None:
     save_file({"other": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"The base has no {LAYER}\.0\.up_proj\.weight\. Name the Hugging Face"):
