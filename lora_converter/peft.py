@@ -49,6 +49,11 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     adapted = list(adapted_modules(model))
     check_peft_forms(adapted)
     state, configs, names = adapter_state_dict(model), adapter_configs(model), _peft_names(model)
+    if experts := [fqn for fqn, (a, _) in names.items() if state[a].ndim != 2]:
+        raise ValueError(
+            f"PEFT's names of routed experts are known to a run on their host alone, which writes a PEFT directory at "
+            f"its end. A model by itself does not tell them: {', '.join(experts)}."
+        )
     ranks = Counter(config.rank for config in configs.values())
     alphas = Counter(config.alpha for config in configs.values())
     (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]

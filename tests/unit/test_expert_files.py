@@ -305,6 +305,6 @@ def test_a_weight_is_found_in_whatever_form_the_experts_are_stored(tmp_path: Pat
 
 def test_inspect_shows_experts_as_the_base_stores_them(folder: Path, tmp_path: Path) -> None:
     text = describe_adapter(load_peft(folder))
-    assert "6 linears" in text and "gate_up_proj  3 x 12 x 8  |update|" in text
+    assert "2 products of 3 experts" in text and "gate_up_proj  3 experts of 12 x 8  |update|" in text
     text = describe_adapter(load_peft(folder), base=save_base(tmp_path / "base", SINGLE))
-    assert "9 linears" in text and text.count("% of |weight|") == 9
+    assert "3 products of 3 experts" in text and text.count("% of |weight|") == 3
