@@ -199,9 +199,11 @@ def test_experts_of_layers_with_ranks_of_their_own_load_in_peft(tmp_path: Path) 
     assert {m: (read.rank_of(m), read.alpha_of(m)) for m in factors} == {
         m: (adapter.rank_of(m), adapter.alpha_of(m)) for m in factors
     }
-    loaded = PeftModel.from_pretrained(MODELS["qwen3_moe"](), tmp_path / "ours")
     expected = logits(updated(MODELS["qwen3_moe"](), adapter, NAMES[0]))
-    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    for at in ("ours", "theirs"):
+        loaded = PeftModel.from_pretrained(MODELS["qwen3_moe"](), tmp_path / at)
+        torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+        loaded.save_pretrained(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("inner", [24, 16, 32], ids=["neither square", "gate and up square", "down square"])

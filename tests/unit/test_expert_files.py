@@ -169,6 +169,37 @@ def test_products_that_no_expert_has_an_adapter_for_get_zeros() -> None:
     assert update[:, :INNER].any() and not update[:, INNER:].any()
 
 
+def test_stacks_of_an_unknown_model_lie_as_their_shapes_say() -> None:
+    turned = {name: (experts, taken, out) for name, (experts, out, taken) in STACKED.items()}
+    there, usual = fit_experts(single(), turned), fit_experts(single(), STACKED)
+    for name, (a, b) in usual.factors.items():
+        # A goes over the last dim.
+        assert torch.equal(there.factors[name][0], b.mT) and torch.equal(there.factors[name][1], a.mT)
+    back = fit_experts(there, SINGLE)
+    assert all(all(map(torch.equal, back.factors[m], pair)) for m, pair in single().factors.items())
+
+
+def test_gpt_oss_has_gate_and_up_in_turns() -> None:
+    turned = {name: (experts, taken, out) for name, (experts, out, taken) in STACKED.items()}
+    update = fit_experts(single(), turned, model_type="gpt_oss").delta_weight(f"{LAYER}.gate_up_proj")
+    for half, product in enumerate(("gate_proj", "up_proj")):
+        torch.testing.assert_close(update[1, half::2], single().delta_weight(f"{LAYER}.1.{product}"))
+
+
+def test_what_an_old_peft_wrote_is_turned_into_todays_form() -> None:
+    factors = {name: (b.mT, a.mT) for name, (a, b) in stacked().factors.items()}
+    there = fit_experts(replace(stacked(), factors=factors, peft_version="0.18.0"), STACKED)
+    assert there.peft_version == stacked().peft_version
+    for name, pair in stacked().factors.items():
+        assert all(map(torch.equal, there.factors[name], pair))
+
+
+def test_settings_that_are_of_linears_alone_leave_stacks_alone() -> None:
+    adapter = replace(stacked(), dropout=0.1, fan_in_fan_out=True)
+    assert config_of(adapter)["lora_dropout"] == 0.0  # with any other PEFT refuses parameters
+    assert adapter.delta_weight(f"{LAYER}.gate_up_proj").shape == (EXPERTS, 2 * INNER, HIDDEN)
+
+
 def change(adapter: PeftAdapter, name: str, pair: tuple[torch.Tensor, torch.Tensor] | None) -> PeftAdapter:
     factors = {**adapter.factors, f"{LAYER}.{name}": pair}
     return replace(adapter, factors={module: pair for module, pair in factors.items() if pair is not None})
