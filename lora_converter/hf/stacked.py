@@ -44,6 +44,7 @@ def from_file(
             factors[name] = _unfolded(name, pair, rank_of(name), what)
         else:
             factors[module] = pair
+    _check_counts(factors, what)
     return dict(sorted(factors.items()))
 
 
@@ -118,6 +119,16 @@ def _unfolded(name: str, pair: Pair, rank: int, what: str) -> Pair:
         )
     experts = a.shape[0] // rank
     return a.reshape(experts, rank, -1), b.reshape(-1, rank, experts).permute(2, 0, 1)
+
+
+def _check_counts(factors: Mapping[str, Pair], what: str) -> None:
+    """Refuses stacks of one module with several numbers of experts, as a wrong r gives them."""
+    first: dict[str, str] = {}
+    for name in stacked_names(factors):
+        other = first.setdefault(_owner(name), name)
+        (one, r, _), (two, s, _) = factors[other][0].shape, factors[name][0].shape
+        if one != two:
+            raise ValueError(f"{what}: {other} has {one} experts with r = {r}, and {name} {two} with r = {s}.")
 
 
 def _owner(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lora_converter import merge
+from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.experts import fit_experts, is_swapped, layout_of
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.merge_plan import Update, without_weight
@@ -116,6 +117,20 @@ def test_a_rank_that_does_not_divide_the_factors_is_named(folder: Path) -> None:
     say(folder, rank_pattern={"gate_up_proj": 4})
     with pytest.raises(ValueError, match=r"gate_up_proj: lora_A is \(6, 8\), lora_B is \(12, 6\); with r = 4"):
         load_peft(folder)
+
+
+def test_one_number_of_experts_must_follow_from_both_ranks(folder: Path) -> None:
+    say(folder, rank_pattern={"gate_up_proj": 3})
+    with pytest.raises(ValueError, match=r"down_proj has 3 experts with r = 2, and .*gate_up_proj 2 with r = 3"):
+        load_peft(folder)
+
+
+def test_stacks_have_aliases_as_linears_have() -> None:
+    there = [name.replace("model.layers", "model.language_model.layers") for name in STACKED]
+    adapter = replace(stacked(), alphas={f"{LAYER}.down_proj": 1.0})
+    renamed = adapter.renamed(Aliases(there))
+    assert set(renamed.factors) == set(there)
+    assert renamed.alpha_of(there[1]) == 1.0 and renamed.alpha_of(there[0]) == 4.0
 
 
 def test_stacks_whose_order_peft_does_not_tell_are_not_written(tmp_path: Path) -> None:
