@@ -3,12 +3,14 @@
 Names and orders are the model's own StateDictAdapter's. What it only renames, DCP reads by itself. What it reorders,
 splits or takes apart is read in pieces (`pieces.py`): the adapter would do that to shards, and where a shard holds part
 of a head, DTensor either refuses the view (FSDP2 over more ranks than there are key-value heads) or, on FSDP2 x TP,
-returns other rows without a word (torch 2.13). What it combines from several weights is left to it; what it changes in
-another way is read whole, one weight at a time.
+returns other rows without a word (torch 2.13). So is what it combines from several weights of a module. What it changes
+in another way is read whole, one weight at a time.
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lora_converter.dcp.folder import check_fits
 from lora_converter.dcp.reader import read
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.hf.folder import open_model
-from lora_converter.hf.naming import HFPart, StateDictAdapter, hf_parts
+from lora_converter.hf.naming import HFPart, StateDictAdapter, hf_parts, hf_parts_together
 from lora_converter.hf.pieces import Piece, PieceReader, Whole, blocks_of
 from lora_converter.ranks import together
 
@@ -40,27 +42,32 @@ class HuggingFaceBase:
         self._state_dict = base.state_dict()
         self._parts: dict[str, list[HFPart]] = {}
         self._whole: dict[str, str] = {}
+        inseparable: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for name, value in self._state_dict.items():
-            if isinstance(value, torch.Tensor) and value.ndim:
-                self._sort(name, value)
+            if isinstance(value, torch.Tensor) and value.ndim and not self._sort(name, value):
+                inseparable[name.rpartition(".")[0]][name] = tuple(value.shape)
+        for shapes in inseparable.values():
+            with suppress(ValueError):  # it is left to the adapter
+                self._parts |= hf_parts_together(adapter, shapes)
         others = {n: v for n, v in self._state_dict.items() if n not in self._parts and n not in self._whole}
         self._renamed = adapter.to_hf(others)
 
-    def _sort(self, name: str, value: torch.Tensor) -> None:
-        """Asks the adapter what becomes of a weight, first with one without data."""
+    def _sort(self, name: str, value: torch.Tensor) -> bool:
+        """Asks the adapter what becomes of a weight, first with one without data. False if it fails."""
         probe = torch.empty(value.shape, dtype=value.dtype, device="meta")
         try:
             converted = self.adapter.to_hf({name: probe})
         except Exception:  # it comes with others alone; what is wrong else, it says when it has all of them
-            return
+            return False
         if len(converted) == 1 and next(iter(converted.values())) is probe:  # renamed
-            return
+            return True
         try:
             self._parts[name] = hf_parts(self.adapter, name, tuple(value.shape))
         except ValueError:
             for hf_name, result in converted.items():
                 if isinstance(value, DTensor) and len(converted) == 1 and result.shape == value.shape:
                     self._whole[name] = hf_name
+        return True
 
     def check(self) -> None:
         """Compares names and shapes with the folder's.

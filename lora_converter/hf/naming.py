@@ -46,7 +46,7 @@ class HFPart:
     dims: tuple[int | None, ...]
     indices: tuple[torch.Tensor | None, ...]
 
-    places: tuple[torch.Tensor | None, ...] = (None,) * 8
+    places: tuple[torch.Tensor | None, ...]
     """Of each of T's dims, the indices in V that are T's, where V holds others beside it; None if all of them."""
 
 
@@ -62,7 +62,8 @@ def hf_parts(adapter: StateDictAdapter, key: str, shape: tuple[int, ...]) -> lis
     answers = [_convert(adapter, key, probes[0])]
     names = list(answers[0])
     if len(names) == 1 and answers[0][names[0]] is probes[0]:  # renamed, and otherwise passed through
-        return [HFPart(names[0], shape, tuple(range(len(shape))), (None,) * len(shape))]
+        nothing = (None,) * len(shape)
+        return [HFPart(names[0], shape, tuple(range(len(shape))), nothing, nothing)]
     answers += [_convert(adapter, key, probe) for probe in probes[1:]]
     parts = []
     for name in names:
@@ -120,7 +121,8 @@ def _part(name: str, answers: Sequence[torch.Tensor], shape: tuple[int, ...]) ->
     if len(lines) < len(shape) or any(size > 1 and dim not in dims for dim, size in enumerate(there)):
         return None
     pairs = zip((numbers for _, numbers in lines), map(count, shape), strict=True)
-    return HFPart(name, there, dims, tuple(None if torch.equal(n, every) else n for n, every in pairs))
+    indices = tuple(None if torch.equal(n, every) else n for n, every in pairs)
+    return HFPart(name, there, dims, indices, (None,) * len(shape))
 
 
 @dataclass(frozen=True)

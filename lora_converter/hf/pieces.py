@@ -91,7 +91,7 @@ class Whole(Piece):
 def blocks_of(part: HFPart, value: torch.Tensor) -> Iterator[Block]:
     """What this rank's part of `value`, a tensor of the host, needs of a stored weight."""
     firsts, sizes = _extent(value)
-    dims = [_runs(*dim) for dim in zip(part.indices, firsts, sizes, strict=True)]
+    dims = [_runs(*dim) for dim in zip(part.indices, part.places, firsts, sizes, strict=True)]
     order = [dim for dim in part.dims if dim is not None]
     order += [dim for dim in range(len(part.shape)) if dim not in order]
     for chosen in itertools.product(*dims):
@@ -103,21 +103,31 @@ def blocks_of(part: HFPart, value: torch.Tensor) -> Iterator[Block]:
         yield Block(part.name, tuple(offsets), tuple(lengths), local_part(value), tuple(order), places)
 
 
-def _runs(indices: torch.Tensor | None, first: int, size: int) -> list[tuple[int, int, slice | torch.Tensor]]:
-    """The stored indices that a shard of `size` from `first` on needs of one dim: runs of (first, length, places)."""
-    if indices is None:
+def _runs(
+    indices: torch.Tensor | None, own: torch.Tensor | None, first: int, size: int
+) -> list[tuple[int, int, slice | torch.Tensor]]:
+    """The stored indices that a shard of `size` from `first` on needs of one dim: runs of (first, length, places).
+
+    Args:
+        indices: What stands at each of the stored indices that are the host's.
+        own: Those stored indices, where others stand beside them.
+    """
+    if own is not None:
+        indices = torch.arange(len(own)) if indices is None else indices
+    elif indices is None:
         return [(first, size, slice(0, size))] if size else []
-    if len(indices) == 1:
+    elif len(indices) == 1:
         place = int(indices[0]) - first
         return [(0, 1, slice(place, place + 1))] if 0 <= place < size else []
     wanted = ((indices >= first) & (indices < first + size)).nonzero().flatten()
-    breaks = [0, *((wanted.diff() != 1).nonzero().flatten() + 1).tolist(), len(wanted)]
+    stored = wanted if own is None else own[wanted]
+    breaks = [0, *((stored.diff() != 1).nonzero().flatten() + 1).tolist(), len(wanted)]
     runs = []
     for begin, end in itertools.pairwise(breaks if len(wanted) else []):
         places = indices[wanted[begin:end]] - first
         in_order = bool((places.diff() == 1).all())
         runs.append(
-            (int(wanted[begin]), end - begin, slice(int(places[0]), int(places[-1]) + 1) if in_order else places)
+            (int(stored[begin]), end - begin, slice(int(places[0]), int(places[-1]) + 1) if in_order else places)
         )
     return runs
 
