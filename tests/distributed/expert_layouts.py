@@ -1,5 +1,5 @@
 """Adapted experts on gloo ranks: which collectives run, merging on sharded weights and how much of it is in memory,
-increments for plain models, and steps that move between degrees of expert parallelism.
+increments for plain models, PEFT directories, and steps that move between degrees of expert parallelism.
 """
 
 import os
@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from collectives import Collectives, forward_and_backward, trainer
-from harness import BASE_CONFIG, finish, full_state
+from harness import BASE_CONFIG, build, finish, full_state
 from launch import main
 from memory import Made
-from parity import EP2, EXPERTS_TOO, FSDP2, STEPS, TP2, build_row, fill_b, losses_of, relative, row
+from parity import EP2, EXPERTS_TOO, FSDP2, PP2, STEPS, TP2, build_row, fill_b, losses_of, relative, row
 from tiny_models import base_options
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +32,7 @@ from lora_converter import (
 from lora_converter.adapted import adapted_modules, reshard
 from lora_converter.experts import LoRAExperts
 from lora_converter.fingerprint import base_fingerprint
+from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.sync import IncrementReceiver, pack
 from lora_converter.tensors import local_part
 from lora_converter.titan.experts import EXPERT_CLASSES
@@ -49,6 +50,8 @@ SAVED_ON = {
     "TP2": row(2, TP2, model=MODEL, job=EXPERTS_TOO),
 }
 REFERENCE = SAVED_ON["1 rank"].one_rank
+
+EXPORTED_FROM = {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2, "PP2": PP2}
 
 
 def same_collectives(folder: Path, *layout: str, of_activations: tuple[str, ...] = ()) -> Any:
@@ -213,6 +216,22 @@ def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
     return {"loss": difference}
 
 
+def export(layout: str, bases: Path) -> None:
+    """What one rank trained goes to PEFT from any layout as from one rank, and comes back to it."""
+    folder = bases / "experts in PEFT" / layout
+    job = [*base_options(MODEL, bases), *EXPORTED_FROM[layout]]
+    step = bases / "saved experts" / "1 rank" / "checkpoint" / f"step-{HALF}"
+    for source, options in ((step, EXPERTS_TOO), (folder / "first", ("--lora.rank=16",))):
+        run = build(folder / "run", *job, *options, f"--lora.initial_adapter_path={source}")
+        run.trainer.checkpointer.load()
+        target = folder / ("first" if source == step else "second")
+        run.trainer.checkpointer.run.write_peft(str(target))
+        dist.barrier()  # only rank 0 writes, and nobody waits for it
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            assert (target / file).read_bytes() == (bases / "experts in PEFT" / "1 rank" / file).read_bytes(), target
+        run.trainer.close()
+
+
 def checks(bases: Path, ranks: int) -> dict[str, Any]:
     """Those of so many ranks: all saves before all resumes."""
     found: dict[str, Any] = {}
@@ -223,6 +242,8 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         )
         for name, layout in {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2}.items():
             found[f"merging under {name}"] = lambda f, layout=layout: merging(f, *layout)
+        for name in EXPORTED_FROM:
+            found[f"PEFT from {name}"] = lambda _, layout=name: export(layout, bases)
         found["merging by features"] = merging_by_features
         found["increments reach plain models on other layouts"] = increments
     here = [layout for layout, needs in SAVED_ON.items() if needs.ranks == ranks]

@@ -3,9 +3,11 @@ from typing import Any
 
 import pytest
 import torch
-from expert_layouts import REFERENCE, SAVED_ON, checks, save
+from expert_layouts import HALF, REFERENCE, SAVED_ON, checks, save
 from launch import launch
 from parity import train_row
+
+from lora_converter.cli import main
 
 pytestmark = pytest.mark.slow
 NAMES = [*checks(Path(), 2), *(f"resume on 1 rank from {layout}" for layout in SAVED_ON)]
@@ -16,6 +18,8 @@ def verdicts(bases: Path) -> dict[str, Any]:
     """One rank trains to the end, and to the middle, in this process; then a launch of two ranks, and one of one."""
     torch.save(train_row(REFERENCE, bases / "run-of-experts", bases), bases / f"{REFERENCE.key}.pt")
     save("1 rank", bases)
+    step = bases / "saved experts" / "1 rank" / "checkpoint" / f"step-{HALF}"
+    assert main(["export", "--checkpoint", str(step), "--output", str(bases / "experts in PEFT" / "1 rank")]) == 0
     found: dict[str, Any] = {}
     for ranks in (2, 1):
         folder = bases / f"experts-{ranks}"
