@@ -67,9 +67,10 @@ class ReadWeight:
         scaling goes into B.
         """
         experts, out_features, in_features = self.shape
-        bound, generator = 1 / math.sqrt(in_features), torch.Generator().manual_seed(stable_hash(self.name))
-        whole_a = torch.empty(experts, in_features, rank).uniform_(-bound, bound, generator=generator)
-        whole_b = torch.zeros(experts, out_features, rank)
+        whole_a, whole_b = torch.empty(experts, in_features, rank), torch.zeros(experts, out_features, rank)
+        if any(piece.a.shape[1] < rank for piece in self.pieces):
+            bound, generator = 1 / math.sqrt(in_features), torch.Generator().manual_seed(stable_hash(self.name))
+            whole_a.uniform_(-bound, bound, generator=generator)
         for piece in self.pieces:
             number, own = piece.part.expert, slice(0, piece.a.shape[1])
             of = slice(None) if number is None else slice(number, number + 1)
