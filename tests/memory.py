@@ -49,7 +49,7 @@ class Made(TorchDispatchMode):
     def _note(self, value: torch.Tensor) -> None:
         storage = value.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
+        if key in self._storages or value.is_meta:
             return
         self.largest = max(self.largest, value.numel())
         self._storages.add(key)
@@ -60,7 +60,7 @@ class Made(TorchDispatchMode):
             self.alive -= size
             self._storages.discard(key)
 
-        weakref.finalize(value, gone)
+        weakref.finalize(storage, gone)  # which lives as long as any view of it
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

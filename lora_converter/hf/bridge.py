@@ -9,7 +9,7 @@ adapted module's to say (`AdaptedModule.peft_factors`). Routed experts are in `e
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
@@ -48,7 +48,7 @@ _WORDS = {
 
 def to_peft(
     adapter: StateDictAdapter,
-    state_dict: Mapping[str, torch.Tensor],
+    state_dict: MutableMapping[str, torch.Tensor],
     names: PeftNames,
     linears: LinearShapes,
     config: LoRAConfig,
@@ -62,7 +62,7 @@ def to_peft(
     """Full adapter tensors in the host's names -> an adapter in Hugging Face's.
 
     Args:
-        state_dict: The adapters' parameters.
+        state_dict: The adapters' parameters. They are taken out of it, so that what is made of one takes its place.
         names: Of every adapted weight.
         linears: All linears of the model, adapted or not.
         config: The job's; each weight has a rank of its own.
@@ -78,7 +78,7 @@ def to_peft(
     of_experts: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn, _, last = weight.rpartition(".")
-        a, b = state_dict[name_a], state_dict[name_b]
+        a, b = state_dict.pop(name_a), state_dict.pop(name_b)
         if fqn in experts:
             of_experts.setdefault(fqn, {})[last] = (a, b)
             continue
@@ -95,9 +95,9 @@ def to_peft(
     targets = _shortest_targets(factors.keys() - set(as_parameters), names_of_linears(adapter, linears))
     parameters = [f"{module}.weight" for module in as_parameters]
     for module in host_experts(adapter, {fqn: experts[fqn] for fqn in of_experts}):
-        weight = next(iter(of_experts[module.fqn]))
-        alpha = (alphas or {}).get(f"{module.fqn}.{weight}", config.alpha)
-        found, own = module.to_peft(of_experts[module.fqn], alpha=alpha, use_rslora=config.use_rslora)
+        of_module = of_experts.pop(module.fqn)
+        alpha = (alphas or {}).get(f"{module.fqn}.{next(iter(of_module))}", config.alpha)
+        found, own = module.to_peft(of_module, alpha=alpha, use_rslora=config.use_rslora)
         factors, own_alphas = factors | found, own_alphas | own
         targets += [part.name.rpartition(".")[2] for part in module.parts if part.expert is not None]
         parameters += [part.name for part in module.parts if part.expert is None and part.name in found]

@@ -112,7 +112,8 @@ class HostExperts:
                 alphas[part.name] = alpha * (math.sqrt(several) if use_rslora else several)
             elif part.expert is not None:
                 out_features, in_features = part.shape
-                found[part.name] = torch.zeros(rank, in_features), torch.zeros(out_features, rank)
+                nothing = torch.zeros(())
+                found[part.name] = nothing.expand(rank, in_features), nothing.expand(out_features, rank)
                 alphas[part.name] = alpha
                 for each in held:
                     a, b = (factor[part.expert] for factor in factors[each.weight])

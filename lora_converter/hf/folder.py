@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -144,11 +145,22 @@ def write_header(file: BinaryIO, entries: dict[str, Entry], metadata: dict[str, 
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file of floating-point tensors of one dtype. safetensors' own writer shuffles the metadata."""
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    entries = {name: Entry(FLOATS[value.dtype], list(value.shape), value.nbytes) for name, value in ordered.items()}
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file of floating-point tensors of one dtype. safetensors' own writer shuffles the metadata.
+
+    Args:
+        tensors: Looked up by name one at a time, for the header and again for the bytes, and not kept.
+    """
     with open(path, "wb") as file:
-        write_header(file, entries, metadata)
-        for value in ordered.values():
-            file.write(value.view(torch.uint8).numpy().data if value.numel() else b"")
+        write_header(file, {name: _entry(tensors[name]) for name in sorted(tensors)}, metadata)
+        for name in sorted(tensors):
+            _write_bytes(file, tensors[name])
+
+
+def _entry(value: torch.Tensor) -> Entry:
+    return Entry(FLOATS[value.dtype], list(value.shape), value.nbytes)
+
+
+def _write_bytes(file: BinaryIO, value: torch.Tensor) -> None:
+    if value.numel():
+        file.write(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)

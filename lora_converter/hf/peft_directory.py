@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from lora_converter.hf.peft_config import (
     read_config,
 )
 from lora_converter.hf.peft_patterns import match_pattern
-from lora_converter.hf.stacked import from_file, to_file
+from lora_converter.hf.stacked import from_file, in_file, keys_in_file
 from lora_converter.names import without_wrappers
 from lora_converter.tensors import is_finite
 
@@ -77,19 +77,36 @@ def save_peft(
     if occupied and not (replace and is_peft_directory(folder)):
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
     _check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
-    originals = {
-        f"base_model.model.{module}.lora_{letter}.weight": factor
-        for module, factors in sorted(to_file(adapter.factors).items())
-        for letter, factor in zip("AB", factors, strict=True)
-    }
-    tensors = {name: factor.to(dtype) for name, factor in originals.items()}
-    whole = {name for name, value in originals.items() if is_finite(value)}
-    if broken := [name for name, value in tensors.items() if name in whole and not is_finite(value)]:
+    tensors = _FileTensors(adapter, dtype)
+    if broken := [name for name in tensors if not is_finite(tensors[name]) and is_finite(tensors.original(name))]:
         raise ValueError(f"{folder}: {', '.join(broken)} would hold inf in {dtype}. Name a wider dtype, bfloat16 say.")
     with appears_complete(folder) as draft:
         fingerprint = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
         write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **fingerprint})
         (draft / CONFIG_FILE).write_text(json.dumps(config_of(adapter), indent=2, sort_keys=True))
+
+
+class _FileTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a weights file, each made when it is looked up: one at a time beside the adapter's own."""
+
+    def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
+        self._dtype, self._factors = dtype, adapter.factors
+        keys = sorted(keys_in_file(adapter.factors).items())
+        self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
+
+    def original(self, name: str) -> torch.Tensor:
+        """A factor of the adapter's, in its own dtype."""
+        module, letter = self._places[name]
+        return self._factors[module]["AB".index(letter)]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return in_file(self.original(name), self._places[name][1]).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:

@@ -48,26 +48,32 @@ def from_file(
     return dict(sorted(factors.items()))
 
 
-def to_file(factors: Mapping[str, Pair]) -> dict[str, Pair]:
-    """The inverse: module, as the file's keys have it -> (A, B), two-dimensional.
+def keys_in_file(factors: Mapping[str, Pair]) -> dict[str, str]:
+    """Module, as a file's keys have it -> its name in memory.
 
     Raises:
         ValueError: Two parameters of a module are adapted, and PEFT's order of them is not known.
     """
-    pairs = {}
+    keys = {}
     leaves: dict[str, set[str]] = {}
     for name in stacked_names(factors):
         leaves.setdefault(_owner(name), set()).add(_leaf(name))
-    for name, (a, b) in factors.items():
+    for name, (a, _) in factors.items():
         if a.ndim != 3:
-            pairs[name] = (a, b)
+            keys[name] = name
             continue
         owner, several = _owner(name), leaves[_owner(name)]
         if several not in ({_leaf(name)}, {INNER, OUTER}):
             raise ValueError(f"{owner}: PEFT has no known order of {', '.join(sorted(several))}; {INNER}, {OUTER} has.")
-        key = owner + _BASE_LAYER * (len(several) == 2 and _leaf(name) == INNER)
-        pairs[key] = (a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1))
-    return pairs
+        keys[owner + _BASE_LAYER * (len(several) == 2 and _leaf(name) == INNER)] = name
+    return keys
+
+
+def in_file(factor: torch.Tensor, letter: str) -> torch.Tensor:
+    """A factor, A or B, in a file's form: two-dimensional."""
+    if factor.ndim != 3:
+        return factor
+    return factor.flatten(0, 1) if letter == "A" else factor.permute(1, 2, 0).flatten(1)
 
 
 def stacked_names(factors: Mapping[str, Pair]) -> list[str]:

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+import torch.distributed as dist
 
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
 from lora_converter.config import LoRAConfig
@@ -10,11 +11,11 @@ from lora_converter.dcp.states import ModelSubset
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
-from lora_converter.ranks import agreed, gather_all, gather_to_first, union_over_ranks
+from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
-from lora_converter.tensors import full_tensor
+from lora_converter.tensors import full_tensor, is_finite
 
 
 class RunModel:
@@ -103,18 +104,39 @@ class RunModel:
         mine = {fqn: shapes for part in self.parts for fqn, shapes in expert_shapes(part).items()}
         return {fqn: shapes for found in gather_all(mine) for fqn, shapes in found.items()}
 
-    def gather_adapters(self) -> dict[str, torch.Tensor]:
+    def gather_adapters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The adapters of all pipeline stages as full CPU tensors on rank 0, nothing elsewhere. A collective.
 
-        One rank per stage sends; the others only take part in unsharding, one tensor at a time.
+        One tensor at a time is unsharded, by the ranks of its stage, and sent by one of them where rank 0 is none. What
+        is not sharded is the parameter itself.
+
+        Args:
+            dtype: Of what rank 0 keeps; a tensor that would hold inf in it keeps its own.
         """
         sends = all(mesh.get_local_rank() == 0 for name, mesh in self.host.meshes.items() if name != "pp")
-        mine: dict[str, torch.Tensor] = {}
-        for name, value in self.adapters.state_dict().items():
-            full = full_tensor(value)
-            if sends:
-                mine[name] = full.detach().cpu().clone()
-        return {name: value for found in gather_to_first(mine) for name, value in found.items()}
+        own = self.adapters.state_dict()
+        forms = gather_to_first({name: (value.shape, value.dtype) for name, value in own.items()} if sends else {})
+        # Weights that are offloaded are elsewhere than what sends them.
+        device = self.host.meshes["pp"].device_type if "pp" in self.host.meshes else "cpu"
+        gathered: dict[str, torch.Tensor] = {}
+        for name, value in own.items():
+            full = full_tensor(value).detach()
+            if is_first_rank():
+                gathered[name] = _kept(full, dtype)
+            elif sends:
+                dist.send(full.to(device).contiguous(), dst=0)
+        for rank, of_stage in enumerate(forms[1:], 1):
+            for name, (shape, own_dtype) in of_stage.items():
+                full = torch.empty(shape, dtype=own_dtype, device=device)
+                dist.recv(full, src=rank)
+                gathered[name] = _kept(full, dtype)
+        return gathered
+
+
+def _kept(full: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """On the CPU in `dtype`, if it is finite there or nowhere."""
+    kept = full.to("cpu", dtype)
+    return kept if is_finite(kept) or not is_finite(full) else full.cpu()
 
 
 def _kind(module: AdaptedModule) -> type[AdaptedModule]:

@@ -123,11 +123,11 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
-        state_dict = self.model.gather_adapters()
+        gathered = self.model.gather_adapters(self.job.export_dtype)
         if is_first_rank():
             peft = to_peft(
                 adapter,
-                state_dict,
+                gathered,
                 names,
                 linears,
                 self.config,

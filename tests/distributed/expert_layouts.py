@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from collectives import Collectives, forward_and_backward, trainer
+from expert_export import export
 from harness import BASE_CONFIG, build, finish, full_state
 from launch import main
 from memory import Made
@@ -216,7 +217,7 @@ def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
     return {"loss": difference}
 
 
-def export(layout: str, bases: Path) -> None:
+def to_peft_and_back(layout: str, bases: Path) -> None:
     """What one rank trained goes to PEFT from any layout as from one rank, and comes back to it."""
     folder = bases / "experts in PEFT" / layout
     job = [*base_options(MODEL, bases), *EXPORTED_FROM[layout]]
@@ -243,9 +244,12 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         for name, layout in {"EP2": [*FSDP2, *EP2], "TP2": TP2, "FSDP2": FSDP2}.items():
             found[f"merging under {name}"] = lambda f, layout=layout: merging(f, *layout)
         for name in EXPORTED_FROM:
-            found[f"PEFT from {name}"] = lambda _, layout=name: export(layout, bases)
+            found[f"PEFT from {name}"] = lambda _, layout=name: to_peft_and_back(layout, bases)
         found["merging by features"] = merging_by_features
         found["increments reach plain models on other layouts"] = increments
+        for layout, dtype in (("ep", torch.float32), ("pp", torch.float32), ("ep", torch.bfloat16)):
+            name = f"an export of Qwen3-30B-A3B's sizes in {dtype} over {layout}"
+            found[name] = lambda f, layout=layout, dtype=dtype: export(f, layout, dtype)
     here = [layout for layout, needs in SAVED_ON.items() if needs.ranks == ranks]
     for layout in here:
         found[f"save on {layout}"] = lambda _, layout=layout: save(layout, bases)

@@ -53,7 +53,7 @@ def test_the_adapter_of_every_part_is_its_part_of_the_update_and_comes_back(fqn:
     config = LoRAConfig(rank=3, alpha=6.0)
     state = {f"{fqn}.lora_a.weight": torch.randn(3, IN), f"{fqn}.lora_b.weight": torch.randn(OUT, 3)}
     linears = {fqn: (OUT, IN)}
-    peft = to_peft(Adapter(), state, peft_names([fqn]), linears, config)  # type: ignore[arg-type]
+    peft = to_peft(Adapter(), dict(state), peft_names([fqn]), linears, config)  # type: ignore[arg-type]
     update = config.scaling * (state[f"{fqn}.lora_b.weight"] @ state[f"{fqn}.lora_a.weight"])
     expected = Adapter().to_hf({f"{fqn}.weight": update})
     assert {f"{module}.weight" for module in peft.factors} == expected.keys()

@@ -117,7 +117,7 @@ def test_any_renaming_permuting_and_splitting_host_gets_its_part_of_the_update_a
     state = {"wx.lora_a.weight": a, "wx.lora_b.weight": b}
     names = {"wx.weight": ("wx.lora_a.weight", "wx.lora_b.weight")}
     linears, config = {"wx": (out_features, in_features)}, LoRAConfig(rank=rank, alpha=3.0)
-    peft = to_peft(host, state, names, linears, config)  # type: ignore[arg-type]
+    peft = to_peft(host, dict(state), names, linears, config)  # type: ignore[arg-type]
     expected = host.to_hf({"wx.weight": config.scaling * (b.double() @ a.double())})
     assert peft.factors.keys() == host.parts.keys()
     for name in peft.factors:  # fp32 products of a few terms against fp64
