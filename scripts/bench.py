@@ -6,6 +6,7 @@
     python scripts/bench.py checks   # the base's fingerprint over reading it, a look at the adapters over a step
     python scripts/bench.py comm     # collectives and elements of a step under TP + SP and FSDP2, 2 gloo ranks
     python scripts/bench.py loss     # a frozen head's loss in chunks, over torchtitan's over all logits: time, memory
+    python scripts/bench.py experts  # adapted routed experts over frozen ones: FLOPs and bytes counted, and time
     python scripts/bench.py peers    # a training step by this package, by transformers + PEFT, and of all weights
 
 Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
@@ -158,6 +159,12 @@ def comm(options: argparse.Namespace) -> Results:
     return [{"check": name, **verdict["figures"]} for name, verdict in found.items()]
 
 
+def experts(options: argparse.Namespace) -> Results:
+    from bench_experts import expert_rows
+
+    return expert_rows(options)
+
+
 def _row(result: dict[str, Any]) -> str:
     return "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
@@ -215,6 +222,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "checks": checks,
     "comm": comm,
     "loss": loss_rows,
+    "experts": experts,
     "peers": peer_rows,
 }
 

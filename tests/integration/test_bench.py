@@ -57,6 +57,18 @@ def test_loss_compares_all_peers_in_time_and_bytes_with_and_without_ignored_labe
         assert found[ignored, "products alone"]["ms"] > 0
 
 
+def test_experts_cost_what_their_shapes_say(tmp_path: Path) -> None:
+    """FLOPs of three products, forward and backward; and for each two tensors of its size that are made and added."""
+    flops, moved, timed = bench("experts", "--rounds=1", folder=tmp_path)
+    width, hidden, rows, rank = 2048, 768, 8 * 8192, 16
+    frozen, factors = 3 * 2 * 2 * width * hidden, 3 * 6 * rank * (width + hidden)
+    assert flops["TFLOP"] == pytest.approx(rows * frozen / 1e12)
+    assert flops["ours/frozen"] == pytest.approx(1 + factors / frozen)
+    added = 2 * rows * 3 * 6 * (width + hidden) / 1e9
+    assert added < moved["GB_moved"] * (moved["ours/frozen"] - 1) < 1.07 * added  # with the factors' own
+    assert timed["frozen_ms"] > 0
+
+
 def test_peers_take_the_same_step_each_in_its_process_and_are_drawn(tmp_path: Path) -> None:
     """Peaks have exact lower bounds: bf16 weights, or fp32 weights with gradients and two moments."""
     options = ["--layers=1", "--seq-len=32", "--batch=1", "--rounds=1", f"--picture={tmp_path}/peers.png"]
