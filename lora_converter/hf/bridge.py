@@ -31,6 +31,11 @@ NO_DROPOUT = (
     "directory says 0 in place of %g, which lora.json keeps."
 )
 
+_SWAPPED = (
+    "LoRA: the factors of %s go over rows for columns, as PEFT has them; vLLM 0.33 takes no adapters on them. PEFT "
+    "does, and a merged model goes everywhere."
+)
+
 _NUMBERED = re.compile(r"\.\d+\.")
 
 LinearShapes = dict[str, tuple[int, int]]
@@ -101,6 +106,8 @@ def to_peft(
         factors, own_alphas = factors | found, own_alphas | own
         targets += [part.name.rpartition(".")[2] for part in module.parts if part.expert is not None]
         parameters += [part.name for part in module.parts if part.expert is None and part.name in found]
+        if swapped := [part.name for part in module.parts if part.is_swapped and part.name in found]:
+            logger.warning(_SWAPPED, ", ".join(swapped))
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
         rank=config.rank,
