@@ -171,6 +171,15 @@ def test_each_file_of_a_start_is_read_once(base: Path, tmp_path: Path, monkeypat
     assert sorted(read) == ["base/.metadata", "run/step-2/.metadata", "run/step-2/lora.json"]
 
 
+def test_what_an_export_would_make_inf_keeps_its_dtype_to_be_refused_by_name(base: Path, tmp_path: Path) -> None:
+    host = PlainHost(tmp_path / "run", base=base)
+    with torch.no_grad():
+        host.model_parts[0][2].lora_b.weight.fill_(1e6)
+    gathered = host.run.model.gather_adapters(torch.float16)
+    assert gathered.pop("2.lora_b.weight").double().eq(1e6).all()
+    assert len(gathered) == 3 and {value.dtype for value in gathered.values()} == {torch.float16}
+
+
 def test_adapters_are_reset_and_frozen_by_what_a_host_calls(tmp_path: Path) -> None:
     """What a host does that builds on the meta device: values come after the weights, `requires_grad` last."""
     with torch.device("meta"):
@@ -191,4 +200,4 @@ def test_all_of_this_needs_no_torchtitan() -> None:
     code += f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'not no_torchtitan', {__file__!r}]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert json.loads(f"[{result.stdout.rsplit(' passed', 1)[0].split()[-1]}]") == [6]
+    assert json.loads(f"[{result.stdout.rsplit(' passed', 1)[0].split()[-1]}]") == [7]
