@@ -130,15 +130,23 @@ def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str
             f"lora.dropout = {config.dropout}: adapters on routed experts have none, nor have PEFT's. Set it to 0, or "
             "take experts out of lora.target_modules."
         )
-    fqns = [*linears, *experts]
-    own = dict.fromkeys(experts, config.expert_rank or config.rank)
-    ranks = look_up("lora.rank_pattern", config.rank_pattern, fqns, config.rank, others=own)
-    alphas = look_up("lora.alpha_pattern", config.alpha_pattern, fqns, config.alpha)
+    if config.expert_rank and not experts:
+        logger.warning("LoRA: lora.expert_rank = %d has no effect: no experts are adapted.", config.expert_rank)
+    own_rank = config.expert_rank or config.rank
+    ranks = look_up(
+        "lora.rank_pattern", config.rank_pattern, dict.fromkeys(linears, config.rank), dict.fromkeys(experts, own_rank)
+    )
+    alphas = look_up(
+        "lora.alpha_pattern",
+        config.alpha_pattern,
+        dict.fromkeys(linears, config.alpha),
+        dict.fromkeys(experts, config.alpha),
+    )
     each = {
         pair: config.of_one(rank=pair[0], alpha=pair[1])
         for pair in {*zip(ranks.values(), alphas.values(), strict=True)}
     }
-    return {fqn: each[ranks[fqn], alphas[fqn]] for fqn in fqns}
+    return {fqn: each[ranks[fqn], alphas[fqn]] for fqn in ranks}
 
 
 def freeze_base(model: nn.Module) -> None:

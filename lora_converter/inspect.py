@@ -107,6 +107,8 @@ class _Weights:
         Raises:
             ValueError: It is not there.
         """
+        if f"{key}_blocks" in self._places:
+            raise ValueError(f"{key} is quantized in the base: an update cannot be shown beside it.")
         if key not in self._places:
             raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
         if self._file is None or self._path != self._places[key][0]:

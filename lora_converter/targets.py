@@ -3,7 +3,7 @@
 A selector that matches nothing is a mistake in a file that somebody will pay GPU hours for, so it is an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import TypeVar
@@ -36,7 +36,7 @@ def select_targets(
     if not selected:
         raise ValueError(
             f"lora.exclude_modules = {list(exclude)} leaves nothing of lora.target_modules = {list(targets)}: "
-            f"no linear would be adapted. Exclude fewer of {_names(linears)}."
+            f"nothing would be adapted. Exclude fewer of {_names([*linears, *experts])}."
         )
     return selected
 
@@ -44,28 +44,35 @@ def select_targets(
 def look_up(
     option: str,
     table: Mapping[str, V],
-    fqns: Sequence[str],
-    default: V,
-    *,
-    others: Mapping[str, V] = MappingProxyType({}),
+    linears: Mapping[str, V],
+    experts: Mapping[str, V] = MappingProxyType({}),
 ) -> dict[str, V]:
-    """The number that a table of patterns gives to each of the adapted modules `fqns`.
+    """The number that a table of patterns gives to each of the adapted modules.
 
     Args:
         option: `lora.rank_pattern` or `lora.alpha_pattern`, for messages.
-        default: Of modules that no pattern matches.
-        others: Of these modules instead.
+        linears: Adapted linears -> what they have if no pattern matches.
+        experts: Adapted modules of routed experts, likewise. A pattern must name them, as a target must.
 
     Raises:
         ValueError: A pattern matches none of them, or two give one of them different numbers.
     """
     found: dict[str, tuple[str, V]] = {}
     for pattern, value in table.items():
-        for fqn in _match_all(option, [pattern], fqns, "adapted linear"):
+        hits = [fqn for fqn in (*linears, *experts) if reaches(pattern, fqn, is_experts=fqn in experts)]
+        if not hits:
+            also = f", and experts have one number per module: {', '.join(experts)}" if experts else ""
+            raise ValueError(_nothing(option, pattern, "adapted linear", linears, also))
+        for fqn in hits:
             other, before = found.setdefault(fqn, (pattern, value))
             if before != value:
                 raise ValueError(f"{option}: {other!r} gives {fqn} {before}, {pattern!r} gives it {value}. Keep one.")
-    return {fqn: found[fqn][1] if fqn in found else others.get(fqn, default) for fqn in fqns}
+    return {fqn: found[fqn][1] if fqn in found else default for fqn, default in {**linears, **experts}.items()}
+
+
+def reaches(pattern: str, fqn: str, *, is_experts: bool) -> bool:
+    """Whether a pattern of a table means an adapted module."""
+    return _names_experts(pattern, f"{fqn}.") if is_experts else matches(pattern, fqn)
 
 
 def _reaches(pattern: str, weight: str) -> bool:
@@ -76,18 +83,21 @@ def _reaches(pattern: str, weight: str) -> bool:
 def _names_experts(pattern: str, weight: str) -> bool:
     """Whether a target means a weight of routed experts: it reaches it, and one of its dotted parts is their name.
 
-    'layers.1.*' and 'w1' are said of linears. Experts are many, and nobody should get them without having said so.
+    'layers.1.*', 'w1' and '*e*' are said of linears. Experts are many: nobody gets them without having said so.
     """
     name = weight.split(".")[-2]
-    named = any(part.strip("*?") and fnmatchcase(name, part) for part in pattern.split("."))
-    return named and _reaches(pattern, weight)
+    said = [part for part in pattern.split(".") if len(part.strip("*?")) >= _ENOUGH_LETTERS or part == name]
+    return any(fnmatchcase(name, part) for part in said) and _reaches(pattern, weight)
+
+
+_ENOUGH_LETTERS = 4
+"""Of a glob that is to name experts, `exper*`."""
 
 
 def _match_all(
     option: str,
     patterns: Sequence[str],
     linears: Sequence[str],
-    what: str = "linear",
     *,
     experts: Sequence[str] = (),
     reaches: Callable[[str, str], bool] = _reaches,
@@ -96,13 +106,17 @@ def _match_all(
     for pattern in patterns:
         hits = {fqn for fqn in linears if matches(pattern, fqn)} | {fqn for fqn in experts if reaches(pattern, fqn)}
         if not hits:
-            also = f", and experts have {_names(experts)}" if experts else ""
-            raise ValueError(
-                f"{option}: {pattern!r} matches no {what} of the model; the {what}s are {_names(linears)}{also}."
-                f"{_REGULAR_EXPRESSION * any(c in pattern for c in _ONLY_THERE)}"
-            )
+            also = f", and experts have {_names(experts)}, as in 'experts.{_names(experts[:1])}'" if experts else ""
+            raise ValueError(_nothing(option, pattern, "linear", linears, also))
         matched |= hits
     return matched
+
+
+def _nothing(option: str, pattern: str, what: str, linears: Iterable[str], also: str) -> str:
+    return (
+        f"{option}: {pattern!r} matches no {what} of the model; the {what}s are {_names(linears)}{also}."
+        f"{_REGULAR_EXPRESSION * any(c in pattern for c in _ONLY_THERE)}"
+    )
 
 
 _ONLY_THERE = "\\|()^$+"
@@ -123,6 +137,6 @@ def _is_head_or_router(fqn: str) -> bool:
     return name in _OUTPUT_HEADS or name in _ROUTER_GATES
 
 
-def _names(linears: Sequence[str]) -> str:
+def _names(linears: Iterable[str]) -> str:
     """Distinct last names in the model's order: `wq, wk, wv, ...`."""
     return ", ".join(dict.fromkeys(fqn.rpartition(".")[2] for fqn in linears)) or "none"

@@ -17,7 +17,7 @@ import torch
 
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
-from lora_converter.hf.expert_bridge import briefly, host_experts
+from lora_converter.hf.expert_bridge import briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.peft_directory import PeftAdapter
@@ -187,10 +187,8 @@ def from_peft(
         for last, pair in module.from_peft(peft, own, misfit).items():
             state_dict |= dict(zip(names[f"{module.fqn}.{last}"], pair, strict=True))
         used |= {part.name for part in module.parts}
-    misfit.missing, misfit.unknown = (
-        briefly(misfit.missing),
-        briefly(sorted({*misfit.unknown, *peft.factors.keys() - used})),
-    )
+    misfit.unknown += [name for name in peft.factors.keys() - used if not is_padding(peft, name)]
+    misfit.missing, misfit.unknown = briefly(misfit.missing), briefly(sorted({*misfit.unknown}))
     misfit.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint="Check lora.target_modules.")
     return state_dict
 

@@ -10,6 +10,8 @@ Where such a weight is stored as (experts, in, out) and its module does not say 
 two factors change places.
 """
 
+import functools
+import logging
 import math
 import re
 from collections import Counter
@@ -22,10 +24,12 @@ from lora_converter.adapted import stable_hash
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
 from lora_converter.hf.expert_naming import ExpertShapes, Held, HFExperts, hf_experts
-from lora_converter.hf.expert_patterns import alpha_for
-from lora_converter.hf.experts import fit_experts, shares_of_rank
+from lora_converter.hf.expert_patterns import alpha_for, split_expert
+from lora_converter.hf.experts import fit_experts, own_rank, shares_of_rank
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import PeftAdapter
+
+logger = logging.getLogger(__name__)
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
@@ -55,6 +59,8 @@ class ReadWeight:
     name: str
     shape: tuple[int, ...]
     pieces: list[Piece] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    """Modules of single experts that the adapter has not."""
 
     def is_padding(self) -> bool:
         """Whether it holds nothing: PEFT's file has zeros for products without an adapter."""
@@ -63,12 +69,12 @@ class ReadWeight:
     def factors(self, rank: int, scaling: float) -> Factors:
         """A (experts, in, rank) and B (experts, out, rank) in the host's order.
 
-        A smaller rank than `rank` is filled up with rows as a new adapter has them, for which B is zero; another
-        scaling goes into B.
+        Experts without an adapter, and a smaller rank than `rank`, are filled up with rows as a new adapter has them,
+        for which B is zero; another scaling goes into B.
         """
         experts, out_features, in_features = self.shape
         whole_a, whole_b = torch.empty(experts, in_features, rank), torch.zeros(experts, out_features, rank)
-        if any(piece.a.shape[1] < rank for piece in self.pieces):
+        if self.absent or any(piece.a.shape[1] < rank for piece in self.pieces):
             bound, generator = 1 / math.sqrt(in_features), torch.Generator().manual_seed(stable_hash(self.name))
             whole_a.uniform_(-bound, bound, generator=generator)
         for piece in self.pieces:
@@ -125,6 +131,8 @@ class HostExperts:
         found = {w: ReadWeight(f"{self.fqn}.{w}", tuple(shape)) for w, shape in self.shapes.items()}
         for part in self.parts:
             if part.name not in peft.factors:
+                for held in part.held:
+                    found[held.weight].absent.append(part.name)
                 continue
             a, b = peft.factors[part.name]
             if part.expert is not None:
@@ -133,10 +141,12 @@ class HostExperts:
                 a, b = b.mT, a.mT
             experts = 1 if part.expert is not None else self.experts
             there, here = (a.shape[0], b.shape[1], a.shape[2]), (experts, *part.shape)
-            misfit.compare(part.name, there[-a.ndim :], here)
             if there != here:
+                name, single = _NUMBER.sub(".experts.*.", part.name), part.expert is not None
+                misfit.compare(name, there[single:], here[single:])
+                misfit.misshapen = list(dict.fromkeys(misfit.misshapen))  # of many experts one
                 continue
-            shares = shares_of_rank(b, [_every(each.place) for each in part.held])
+            shares = shares_of_rank(b, [_every(each.place) for each in part.held], own_rank(peft, part.name))
             for held, share in zip(part.held, shares, strict=True):
                 if share is not None:
                     own_a, own_b = a[:, share], b[:, _every(held.place), share]
@@ -150,15 +160,17 @@ class HostExperts:
             configs: Adapted weight -> its adapter's settings.
         """
         there = self.read(peft, misfit)
+        if misfit.misshapen:
+            return {}
         for weight in configs:
-            parts = [part for part in self.parts if part.holds(weight)]
-            lacking = [part.name for part in parts if part.name not in peft.factors]
-            if weight not in there and not misfit.misshapen:
-                lacking = [part.name for part in parts]
-            misfit.missing += lacking
+            if weight not in there:
+                misfit.missing += [part.name for part in self.parts if part.holds(weight)]
+            elif absent := there[weight].absent:
+                names = ", ".join(briefly(absent))
+                logger.info("LoRA: %s are not in the adapter; they begin as in a new one.", names)
         others = [read for weight, read in there.items() if weight not in configs]
         misfit.unknown += dict.fromkeys(piece.part.name for read in others for piece in read.pieces)
-        if misfit.missing or misfit.misshapen or not there:
+        if misfit.missing or not there:
             return {}
         config = next(iter(configs.values()))
         rank, alpha = settings_of(there, peft.use_rslora)
@@ -200,6 +212,12 @@ def fitted_to(peft: PeftAdapter, experts: Iterable[HostExperts]) -> PeftAdapter:
     return fit_experts(peft, stored, model_type=kind)
 
 
+def is_padding(peft: PeftAdapter, module: str) -> bool:
+    """Whether factors are zeros for experts that have no adapter, which PEFT wants beside those that have one."""
+    a, b = peft.factors[module]
+    return (a.ndim == 3 or split_expert(module) is not None) and not (a.any() or b.any())
+
+
 def briefly(names: Sequence[str]) -> list[str]:
     """Names for a message, those of many experts as one."""
     counts = Counter(_NUMBER.sub(".experts.*.", name) for name in names)
@@ -214,7 +232,9 @@ def _side_by_side(part: HFExperts, factors: Sequence[tuple[Held, torch.Tensor, t
     """A (experts, ranks, in) and B (experts, out, ranks) of a Hugging Face weight that holds several of the host's."""
     a = torch.cat([a[:, _every(held.columns)].mT for held, a, _ in factors], 1)
     experts, rank = a.shape[0], a.shape[1] // len(factors)
-    b = a.new_zeros(experts, part.shape[0], a.shape[1])
+    # An export to a narrow dtype leaves wide what it has no room for, so that it can be refused by name.
+    dtype = functools.reduce(torch.promote_types, (own.dtype for *_, own in factors))
+    b = torch.zeros(experts, part.shape[0], a.shape[1], dtype=dtype)
     for number, (held, _, own) in enumerate(factors):
-        b[:, _every(held.place), number * rank : (number + 1) * rank] = own[:, _every(held.rows)]
+        b[:, _every(held.place), number * rank : (number + 1) * rank] = own[:, _every(held.rows)].to(dtype)
     return (b.mT, a.mT) if part.is_swapped else (a, b)

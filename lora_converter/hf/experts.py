@@ -86,18 +86,28 @@ def _fitted(peft: PeftAdapter, modules: Iterable[str], layer: StoredExperts) -> 
         yield from _stacked(peft, single, layer)
 
 
-def shares_of_rank(b: torch.Tensor, outputs: Sequence[torch.Tensor | slice]) -> list[slice | None]:
+def own_rank(peft: PeftAdapter, stack: str) -> int:
+    """The rank that one product of a stack should have: down's, which stands alone, or else the adapter's."""
+    down = f"{stack.rpartition('.')[0]}.{OUTER}"
+    return peft.rank_of(down) if down in peft.factors else peft.rank
+
+
+def shares_of_rank(b: torch.Tensor, outputs: Sequence[torch.Tensor | slice], expected: int) -> list[slice | None]:
     """Which part of a stack's rank belongs to each of the products that it holds; None of one that has no update.
 
-    A block-diagonal B, which a zero one is too, gives each its own part. Else they share all of it.
+    A block-diagonal B gives each its own part. Else they share all of it, as PEFT's own training leaves it. A zero B,
+    before any training, may be either: the rank tells.
 
     Args:
         b: (experts, out_features, rank).
         outputs: Those of each product.
+        expected: See `own_rank`.
     """
     rank, several = b.shape[-1], len(outputs)
     own = [b[:, places] for places in outputs]
     parts = [slice(i * rank // several, (i + 1) * rank // several) for i in range(several)]
+    if not b.any():
+        return list(parts) if rank == several * expected else [slice(0, rank)] * several
     pairs = zip(own, parts, strict=True)
     if rank % several == 0 and not any(o[..., : p.start].any() or o[..., p.stop :].any() for o, p in pairs):
         return list(parts)
@@ -110,7 +120,8 @@ def _taken_apart(peft: PeftAdapter, stacks: Mapping[str, str], layer: StoredExpe
         products = layer.spelling[:2] if stack == INNER else layer.spelling[2:]
         width = up.shape[1] // len(products)
         outputs = [layer.outputs(half, width) for half in (0, 1)] if stack == INNER else [slice(None)]
-        for product, rows, kept in zip(products, outputs, shares_of_rank(up, outputs), strict=True):
+        shares = shares_of_rank(up, outputs, own_rank(peft, stacks[stack]))
+        for product, rows, kept in zip(products, outputs, shares, strict=True):
             if kept is None:
                 continue
             alpha = alpha_for(peft.scaling_of(stacks[stack]), kept.stop - kept.start, use_rslora=peft.use_rslora)

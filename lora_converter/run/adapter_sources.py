@@ -80,7 +80,7 @@ class PeftSource:
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
         there = replace(description, lora={**description.lora, **own})
-        check_same_run(self._path, there, description, there=adapted, here=adapted)
+        check_same_run(self._path, there, description, there=adapted, here=adapted, experts=experts)
         self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
         of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
         self._state_dict = from_peft(
@@ -140,8 +140,10 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     assert step.stored is not None
     described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
     there, foreign = adapters_in(step.stored, model.kinds, model.base_names(), ours=model.adapter_names())
-    here = model.adapted_fqns()
-    return check_same_run(f"{step.path}", described, model.description, there=there, here=here, foreign=foreign)
+    here, experts = model.adapted_fqns(), model.expert_shapes()
+    return check_same_run(
+        f"{step.path}", described, model.description, there=there, here=here, experts=experts, foreign=foreign
+    )
 
 
 def check_base_of_adapter(model: RunModel, path: str, recorded: str) -> None:

@@ -5,7 +5,7 @@ step-N/lora.json    model, flavor, base with its fingerprint, and the settings o
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from lora_converter.adapted import AdaptedModule, modules_of
+from lora_converter.adapters import configs_of
 from lora_converter.config import LoRAConfig
 from lora_converter.files import read_json, write_whole
 from lora_converter.run.job import Job
-from lora_converter.targets import look_up, matches
+from lora_converter.targets import reaches
 
 logger = logging.getLogger(__name__)
 
@@ -88,24 +89,26 @@ class Description:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_whole(Path(folder) / DESCRIPTION, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
 
-    def differences(self, job: "Description", there: Iterable[str], here: Iterable[str]) -> list[str]:
+    def differences(
+        self, job: "Description", there: Iterable[str], here: Iterable[str], experts: Collection[str]
+    ) -> list[str]:
         """What keeps a step from being continued by a job, one phrase each.
 
         Args:
             job: The description of that job.
             there: The adapted modules of the step.
             here: Those of the job.
+            experts: Which of them are routed experts.
         """
         pairs: list[tuple[str, Any, Any]] = [
             ("model.name", self.model, job.model),
             ("model.flavor", self.flavor, job.flavor),
         ]
         pairs += [(f"lora.{name}", self.lora.get(name), job.lora[name]) for name in _MUST_AGREE]
-        pairs.append(("lora.expert_rank", self.lora.get("expert_rank", 0), job.lora["expert_rank"]))
         found = [f"{option} is {value!r} there and {ours!r} here" for option, value, ours in pairs if value != ours]
         there, here = set(there), set(here)
         if not found:
-            found = self._pattern_differences(job, sorted(there & here))
+            found = self._setting_differences(job, sorted(there & here), experts)
         for where, more in (("there", there - here), ("here", here - there)):
             found += [f"{len(more)} modules are adapted only {where}: {', '.join(sorted(more))}"] if more else []
         return found
@@ -115,17 +118,30 @@ class Description:
         pairs = [(option, value, data.get(option)) for option, value in self.data.items()]
         return [f"{option} was {there!r} and is {here!r}" for option, there, here in pairs if there != here]
 
-    def _pattern_differences(self, job: "Description", fqns: list[str]) -> list[str]:
-        """Linears that have another rank or alpha by the patterns."""
+    def _setting_differences(self, job: "Description", fqns: list[str], experts: Collection[str]) -> list[str]:
+        """Modules that have another rank or alpha, by the patterns and by `expert_rank`."""
+        there, here = (d._settings(fqns, experts) for d in (self, job))
         found = []
         for name in ("rank", "alpha"):
-            there, here = (
-                look_up(f"lora.{name}_pattern", _matching(d.lora.get(f"{name}_pattern", {}), fqns), fqns, d.lora[name])
-                for d in (self, job)
-            )
-            other = [f"{fqn} is {there[fqn]} there and {here[fqn]} here" for fqn in fqns if there[fqn] != here[fqn]]
+            values = [(fqn, getattr(there[fqn], name), getattr(here[fqn], name)) for fqn in fqns]
+            other = [f"{fqn} is {old} there and {new} here" for fqn, old, new in values if old != new]
             found += [f"lora.{name} of {'; of '.join(other)}"] if other else []
         return found
+
+    def _settings(self, fqns: list[str], experts: Collection[str]) -> dict[str, LoRAConfig]:
+        """Those of each module. Patterns of modules that only one of two runs has are left out."""
+        lora = {**self.lora, "dropout": 0.0}
+        for name in ("rank_pattern", "alpha_pattern"):
+            table = self.lora.get(name, {})
+            lora[name] = {
+                pattern: value
+                for pattern, value in table.items()
+                if any(reaches(pattern, fqn, is_experts=fqn in experts) for fqn in fqns)
+            }
+        own = [fqn for fqn in fqns if fqn in experts]
+        if not own:
+            lora["expert_rank"] = 0
+        return configs_of(LoRAConfig(**lora), [fqn for fqn in fqns if fqn not in experts], own)
 
 
 def adapters_in(
@@ -148,11 +164,6 @@ def adapters_in(
     return modules, sorted(set(names) - known - ours - set(base))
 
 
-def _matching(table: dict[str, Any], fqns: list[str]) -> dict[str, Any]:
-    """The patterns of a table that match some of `fqns`; the others are of linears that only one of two runs has."""
-    return {pattern: value for pattern, value in table.items() if any(matches(pattern, fqn) for fqn in fqns)}
-
-
 def check_same_run(
     path: str,
     step: Description | None,
@@ -160,6 +171,7 @@ def check_same_run(
     *,
     there: Iterable[str],
     here: Iterable[str],
+    experts: Collection[str] = (),
     foreign: Iterable[str] = (),
 ) -> str:
     """Refuses adapters that were trained with other settings than the job's.
@@ -168,6 +180,7 @@ def check_same_run(
         step: What is known of them; of a step folder, its `lora.json`.
         there: The modules that they adapt.
         here: Those that the job adapts.
+        experts: Which of those are routed experts.
         foreign: What else is there that this job has not.
 
     Returns:
@@ -179,7 +192,7 @@ def check_same_run(
     if step is None:
         logger.warning(f"LoRA: {path} has no {DESCRIPTION}, so its settings and its base are not checked.")
         return ""
-    found = step.differences(job, there, here)
+    found = step.differences(job, there, here, experts)
     if not found and (foreign := list(foreign)):
         found = [f"{len(foreign)} entries are there alone: {', '.join(foreign)}"]
     if found:

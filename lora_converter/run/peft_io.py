@@ -80,7 +80,12 @@ def config_of_peft(
                 f"Leave lora.{name} out to take the adapter's."
             )
     modules = {fqn: module for fqn, shape in linears.items() if (module := _module_of(peft, adapter, fqn, shape))}
-    weights, of_experts = _experts_of(peft, adapter, experts)
+    weights, of_experts = _experts_of(peft, adapter, experts, what)
+    if other := {rank for rank, _ in of_experts.values() if config.expert_rank not in (0, rank)}:
+        raise ValueError(
+            f"lora.expert_rank = {config.expert_rank}, but experts of the adapter in {what} have "
+            f"{', '.join(map(str, sorted(other)))}. Leave lora.expert_rank out to take the adapter's."
+        )
     if not modules and not weights:
         raise ValueError(f"{what} adapts {', '.join(briefly(sorted(peft.factors)))}; the model has none of them.")
     config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
@@ -98,15 +103,21 @@ def config_of_peft(
 
 
 def _experts_of(
-    peft: PeftAdapter, adapter: StateDictAdapter, experts: ExpertShapes
+    peft: PeftAdapter, adapter: StateDictAdapter, experts: ExpertShapes, what: str
 ) -> tuple[list[str], dict[str, tuple[int, float]]]:
-    """The experts' weights that an adapter adapts, and each of their modules' rank and alpha."""
+    """The experts' weights that an adapter adapts, and each of their modules' rank and alpha.
+
+    Raises:
+        ValueError: Some have another width; all are named.
+    """
     weights: list[str] = []
     settings: dict[str, tuple[int, float]] = {}
+    misfit = Misfit()
     for module in host_experts(adapter, experts):
-        if read := module.read(peft, Misfit()):
+        if read := module.read(peft, misfit):
             weights += [each.name for each in read.values()]
             settings[module.fqn] = settings_of(read, peft.use_rslora)
+    misfit.raise_if_any(f"{what} does not fit the model.", words={"misshapen": "have another shape"})
     return weights, settings
 
 

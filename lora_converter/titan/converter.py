@@ -16,7 +16,7 @@ from torchtitan.tools.logging import logger
 from lora_converter.adapted import check_peft_forms
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
-from lora_converter.experts import expert_shapes
+from lora_converter.experts import LoRAExperts, expert_shapes
 from lora_converter.figures import percent, short
 from lora_converter.hf.export_checks import check_exportable, check_mergeable
 from lora_converter.hf.naming import StateDictAdapter
@@ -122,9 +122,10 @@ class LoRAConverter:
 def describe(count: ParameterCount, config: LoRAConfig) -> str:
     """One log line with counts."""
     adapted = " and ".join(f"{number} {kind}" for kind, number in count.kinds.items())
-    expert_rank = f" and {config.expert_rank}" if config.expert_rank and len(count.kinds) > 1 else ""
+    ranks = {LoRAExperts.adapter_kind: config.expert_rank or config.rank}
+    told = " and ".join(dict.fromkeys(str(ranks.get(kind, config.rank)) for kind in count.kinds))
     return (
-        f"LoRA: {adapted} adapted (rank {config.rank}{expert_rank}, alpha {config.alpha:g}), "
+        f"LoRA: {adapted} adapted (rank {told}, alpha {config.alpha:g}), "
         f"{short(count.trainable)} of {short(count.total)} parameters train "
         f"({percent(count.trainable / count.total, 2)})"
     )

@@ -11,7 +11,7 @@ import torch
 from harness import Run, build, train
 from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 from torchtitan.models.attention import FlexAttentionWrapper
@@ -174,6 +174,68 @@ def test_products_of_several_ranks_and_scalings_are_taken(rslora: bool, tmp_path
     a, b = state["layers.0.moe.experts.w2_lora_a"], state["layers.0.moe.experts.w2_lora_b"]
     assert a.shape[2] == 6 and b[..., :3].all() and not b[..., 3:].any() and a[..., 3:].all()  # which can train
     run.trainer.close()
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_a_narrow_dtype_has_no_room_for_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    run = trained(name, tmp_path, "--lora.target_modules=experts", "--checkpoint.export_dtype=float16")
+    state = dict(adapter_parameters(run.trainer.model_parts[0]))
+    with torch.no_grad():
+        state["layers.1.moe.experts.w3_lora_b"][2].fill_(1e6)
+    with pytest.raises(ValueError, match=r"experts\..* would hold inf in torch\.float16\. Name a wider dtype"):
+        run.trainer.checkpointer.run.write_peft(str(tmp_path / "peft"))
+    assert not (tmp_path / "peft").exists()
+    run.trainer.close()
+
+
+def test_adapters_on_some_experts_alone_are_taken(tmp_path: Path) -> None:
+    """Their others begin as in a new adapter. A layer of zeros, which PEFT wants beside others, is no adapter."""
+    run = trained("qwen3_moe", tmp_path, "--lora.target_modules=experts", "--lora.rank=3")
+    for name, param in adapter_parameters(run.trainer.model_parts[0]).items():
+        with torch.no_grad():
+            param[1 if name.endswith("_b") else 4 :].zero_()
+            param.mul_(name.split(".")[1] != "2")
+    expected = logits(run.trainer.model_parts[0])
+    run.trainer.checkpointer.run.write_peft(str(tmp_path / "peft"))
+    run.trainer.close()
+    weights = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    kept = {key: value for key, value in weights.items() if ".experts.0." in key or ".layers.2." in key}
+    save_file(kept, tmp_path / "peft" / "adapter_model.safetensors", metadata={"format": "pt"})
+    run = job("qwen3_moe", tmp_path, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16")
+    assert torch.equal(logits(run.trainer.model_parts[0]), expected)
+    state = dict(adapter_parameters(run.trainer.model_parts[0]))
+    assert {name.split(".")[1] for name in state} == {"0", "1"}
+    assert all(value.any(1).all() == name.endswith("_a") for name, value in state.items())
+    run.trainer.close()
+
+
+@pytest.mark.parametrize(("parameters", "rank"), [(["gate_up_proj"], 6), (["gate_up_proj", "down_proj"], 6)])
+def test_a_stack_that_nothing_trained_yet_keeps_its_rank(parameters: list[str], rank: int, tmp_path: Path) -> None:
+    twin = get_peft_model(
+        HF_MODELS["qwen3_moe"].make(), LoraConfig(r=rank, target_parameters=[f"experts.{name}" for name in parameters])
+    )
+    twin.save_pretrained(tmp_path / "peft")
+    run = job(
+        "qwen3_moe", tmp_path, f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16", "--lora.alpha=32"
+    )
+    state = dict(adapter_parameters(run.trainer.model_parts[0]))
+    assert {value.shape[2] for value in state.values()} == {rank} and len(state) == 3 * 2 * (1 + len(parameters))
+    run.trainer.close()
+
+
+def test_what_does_not_fit_the_experts_is_said(tmp_path: Path) -> None:
+    run = trained("qwen3_moe", tmp_path, "--lora.target_modules=experts", "--lora.rank=3")
+    run.trainer.checkpointer.run.write_peft(str(tmp_path / "peft"))
+    run.trainer.close()
+    start = [f"--lora.initial_adapter_path={tmp_path}/peft", "--lora.rank=16"]
+    says = r"2, but experts of the adapter in .* have 3\. Leave lora\.expert_rank out to take the adapter's\.$"
+    with pytest.raises(ValueError, match=says):
+        job("qwen3_moe", tmp_path, *start, "--lora.expert_rank=2")
+    job("qwen3_moe", tmp_path, *start).trainer.close()
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file({k: v[:, :40].contiguous() if "lora_A" in k else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match=r"experts\.\*\.gate_proj is \(48, 40\) there and \(48, 64\) in the model"):
+        job("qwen3_moe", tmp_path, *start)
 
 
 def test_gpt_oss_goes_to_peft_and_what_peft_trained_is_taken(tmp_path: Path) -> None:

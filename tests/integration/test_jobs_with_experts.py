@@ -106,15 +106,25 @@ def test_a_step_is_continued_by_the_same_experts_alone(tmp_path: Path) -> None:
     train(tmp_path / "run", *base, EXPERTS, "--training.steps=2", "--lr_scheduler.total_steps=4")
     for other, message in {
         "--lora.target_modules=all-linear": r"12 entries are there alone: layers.1.moe.experts.w1_lora_a",
-        "--lora.expert_rank=2": r"lora.expert_rank is 0 there and 2 here",
+        "--lora.expert_rank=2": r"lora.rank of layers.1.moe.experts is 4 there and 2 here; of layers.2.moe.experts is",
         "--lora.target_modules=all-linear,*.experts.w1": r"8 entries are there alone: layers.1.moe.experts.w2_lora_a",
     }.items():
         run = build(tmp_path / "run", *base, EXPERTS, "--training.steps=4", other)
         with pytest.raises(ValueError, match=message):
             run.trainer.checkpointer.load()
         run.trainer.close()
-    second = train(tmp_path / "run", *base, EXPERTS, "--training.steps=4")
+    same = ["--lora.expert_rank=5", "--lora.rank_pattern", "experts", "4"]  # said in another way
+    second = train(tmp_path / "run", *base, EXPERTS, "--training.steps=4", *same)
     assert second.losses == whole.losses[2:]
+
+
+def test_the_log_has_the_rank_of_what_is_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    job = [*DEEPSEEK, "--checkpoint.no-enable", "--lora.expert_rank=3"]
+    build(tmp_path, *job, "--lora.target_modules=experts").trainer.close()
+    assert "LoRA: 2 experts modules adapted (rank 3, alpha 32), " in caplog.text
+    build(tmp_path, *job).trainer.close()
+    assert "LoRA: lora.expert_rank = 3 has no effect: no experts are adapted." in caplog.text
 
 
 def test_a_step_with_fewer_products_is_refused(tmp_path: Path) -> None:

@@ -167,12 +167,18 @@ def test_gate_and_up_of_a_trained_stack_share_a(use_rslora: bool) -> None:
     assert {apart.rank_of(module) for module in apart.factors} == {RANK} and apart.alphas == {}
 
 
-def test_a_stack_that_was_not_trained_is_taken_for_two_halves() -> None:
+def test_the_rank_tells_what_a_stack_is_that_was_not_trained() -> None:
+    """PEFT's own stacks have one rank; one that it has made of single experts has twice down's, or the adapter's."""
     adapter = stacked()
     zero = {name: (a, torch.zeros_like(b)) for name, (a, b) in adapter.factors.items()}
-    apart = fit_experts(replace(adapter, factors=zero), SINGLE)
-    assert apart.rank_of(f"{LAYER}.0.gate_proj") == RANK // 2 and apart.alpha_of(f"{LAYER}.0.up_proj") == 2.0
-    assert torch.equal(apart.factors[f"{LAYER}.1.up_proj"][0], adapter.factors[f"{LAYER}.gate_up_proj"][0][1, 1:])
+    gate_up, down = zero[f"{LAYER}.gate_up_proj"], zero[f"{LAYER}.down_proj"]
+    of_one_rank = fit_experts(replace(adapter, factors=zero), SINGLE)
+    assert of_one_rank.rank_of(f"{LAYER}.0.gate_proj") == RANK == of_one_rank.rank_of(f"{LAYER}.0.down_proj")
+    half = {f"{LAYER}.gate_up_proj": gate_up, f"{LAYER}.down_proj": (down[0][:, :1], down[1][..., :1])}
+    for there in (replace(adapter, factors=half), replace(adapter, factors=dict(list(half.items())[:1]), rank=1)):
+        apart = fit_experts(there, SINGLE)
+        assert apart.rank_of(f"{LAYER}.0.gate_proj") == RANK // 2 == 1 and apart.alpha_of(f"{LAYER}.0.up_proj") == 2.0
+        assert torch.equal(apart.factors[f"{LAYER}.1.up_proj"][0], gate_up[0][1, 1:])
 
 
 def test_products_that_no_expert_has_an_adapter_for_get_zeros() -> None:

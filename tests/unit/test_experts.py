@@ -4,6 +4,7 @@ B, gradients by autograd.
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,9 +32,10 @@ from lora_converter import (  # noqa: E402
     unmerge_adapter,
 )
 from lora_converter.adapted import adapted_modules  # noqa: E402
-from lora_converter.adapters import reset_adapters  # noqa: E402
+from lora_converter.adapters import configs_of, reset_adapters  # noqa: E402
 from lora_converter.grouped import grouped_linear  # noqa: E402
 from lora_converter.peft import from_model  # noqa: E402
+from lora_converter.targets import select_targets  # noqa: E402
 from lora_converter.titan.experts import EXPERT_CLASSES  # noqa: E402
 
 EXPERTS, DIM, HIDDEN, TOP_K = 5, 32, 48, 2
@@ -263,7 +265,9 @@ def test_a_model_without_experts_says_what_there_is() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'experts' matches no linear of the model; the linears are 0\."):
         apply_lora(model, LoRAConfig(target_modules=["experts"]), expert_classes=EXPERT_CLASSES)
-    with pytest.raises(ValueError, match=r"the linears are wq, gate, w1, w2, w3, and experts have w1, w2, w3\."):
+    with pytest.raises(
+        ValueError, match=r"the linears are wq, gate, w1, w2, w3, and experts have w1, w2, w3, as in 'experts\.w1'\."
+    ):
         with_adapters(make_block(), target_modules=["expert"])
 
 
@@ -335,3 +339,18 @@ def test_peft_refuses_it_by_name(block: Block) -> None:
     says = r"A model by itself does not tell them: moe.experts.w1, moe.experts.w2\.$"
     with pytest.raises(ValueError, match=says):
         from_model(block)
+
+
+def test_patterns_of_tables_and_short_globs_do_not_reach_experts_unsaid() -> None:
+    config = LoRAConfig(rank=3, target_modules=["wq", "experts"], expert_rank=2, rank_pattern={"*": 7})
+    ranks = {fqn: own.rank for fqn, own in configs_of(config, ["moe.wq"], ["moe.experts"]).items()}
+    assert ranks == {"moe.wq": 7, "moe.experts": 2}
+    config = replace(config, rank_pattern={"moe.exper*": 7})
+    assert configs_of(config, ["moe.wq"], ["moe.experts"])["moe.experts"].rank == 7
+    with pytest.raises(
+        ValueError, match=r"'experts\.w1' matches no adapted linear .* one number per module: moe\.experts"
+    ):
+        configs_of(replace(config, rank_pattern={"experts.w1": 7}), ["moe.wq"], ["moe.experts"])
+    assert select_targets(["moe.eq"], targets=["*e*"], experts=["moe.experts.w1"]) == ["moe.eq"]
+    with pytest.raises(ValueError, match=r"experts have w1, as in 'experts\.w1'\.$"):
+        select_targets(["moe.eq"], targets=["w1"], experts=["moe.experts.w1"])

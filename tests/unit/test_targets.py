@@ -57,7 +57,7 @@ def test_an_empty_selection_is_an_error() -> None:
         select_targets(LINEARS, targets=["wq"], exclude=["attention.wq"])
     assert str(error.value) == (
         "lora.exclude_modules = ['attention.wq'] leaves nothing of lora.target_modules = ['wq']: "
-        "no linear would be adapted. Exclude fewer of wq, wo, w1, gate, output."
+        "nothing would be adapted. Exclude fewer of wq, wo, w1, gate, output."
     )
 
 
