@@ -1,4 +1,4 @@
-"""`lora-converter merge | export | inspect | chat-data`: the tools that need no training job."""
+"""`lora-converter merge | export | inspect | plan | chat-data`: the tools that need no training job."""
 
 import argparse
 import logging
@@ -16,7 +16,11 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. A user's mistake ends in its message and exit code 1, without a traceback."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, others = parser.parse_known_args(arguments)
+    if others and not hasattr(options, "host_options"):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    options.host_options = others
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lora_converter").setLevel(logging.INFO)
     try:
@@ -52,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(inspect)
     inspect.set_defaults(run=_inspect)
 
+    plan = commands.add_parser("plan", help="what a step of a job takes on each GPU, without one")
+    plan.add_argument("config", help="TOML file of the job; torchtitan's options may follow, and win over it")
+    plan.add_argument("--gpus", type=int, help="of the whole job (default: as many as its layout asks for)")
+    plan.add_argument("--memory", type=float, default=80.0, help="of one GPU, GiB (default: 80)")
+    plan.set_defaults(run=_plan, host_options=[])
+
     chat = commands.add_parser("chat-data", help="tokenises a job's conversations and shows what is trained")
     chat.add_argument("config", help="TOML file of the job")
     chat.add_argument("options", nargs=argparse.REMAINDER, help="torchtitan's options, which win over the file")
@@ -86,6 +96,13 @@ def _inspect(options: argparse.Namespace) -> str:
     if any(Path(options.path).glob("*.safetensors")):
         return describe_model(options.path, base=options.base)
     return describe_adapter(_read_step(options.path, options.custom_import), base=options.base)
+
+
+def _plan(options: argparse.Namespace) -> str:
+    logging.getLogger().setLevel(logging.ERROR)  # torchtitan's own, which builds the job many times
+    from lora_converter.titan.plan import plan_job
+
+    return str(plan_job(options.config, options.host_options, gpus=options.gpus, memory=options.memory))
 
 
 def _chat_data(options: argparse.Namespace) -> str:

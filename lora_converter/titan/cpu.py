@@ -18,8 +18,11 @@ import torch
 import torch._utils
 
 
-def prepare() -> bool:
+def prepare(*, anyway: bool = False) -> bool:
     """Chooses CPU ranks if the machine has no accelerator; call before importing torchtitan.
+
+    Args:
+        anyway: Also if it has one.
 
     Returns:
         Whether CPU ranks will be used.
@@ -27,7 +30,7 @@ def prepare() -> bool:
     Raises:
         RuntimeError: torchtitan was imported before and has chosen a device that is not there.
     """
-    if torch.accelerator.is_available():
+    if torch.accelerator.is_available() and not anyway:
         return False
     _choose_cpu_device()
     return True
