@@ -39,7 +39,7 @@ def plan_job(path: str, options: list[str], *, gpus: int | None = None, memory: 
         raise ValueError(f"{path}: there is no such file. Name the TOML file of a job.")
     if not memory > 0:
         raise ValueError(f"--memory {memory:g}: must be above 0, the GiB of one GPU.")
-    job_config = _parse(path, options)
+    job_config = job_without_files(path, options)
     gpus = _check_gpus(job_config.parallelism, gpus)
     found = _largest(job_config, gpus)
     modes = {name: _largest(changed, gpus) for name, changed in _checkpointing(job_config)}
@@ -55,8 +55,8 @@ def plan_job(path: str, options: list[str], *, gpus: int | None = None, memory: 
     )
 
 
-def _parse(path: str, options: list[str]) -> Any:
-    """The job config, without what needs files."""
+def job_without_files(path: str, options: list[str]) -> Any:
+    """The job config of a TOML file and torchtitan's options, without what needs files."""
     cpu.prepare(anyway=True)
     install()
     from torchtitan.config import ConfigManager
