@@ -99,10 +99,14 @@ def _inspect(options: argparse.Namespace) -> str:
 
 
 def _plan(options: argparse.Namespace) -> str:
-    logging.getLogger().setLevel(logging.ERROR)  # torchtitan's own, which builds the job many times
+    sys.path.insert(0, "")  # modules that the job imports, as under torchrun -m
     from lora_converter.titan.plan import plan_job
 
-    return str(plan_job(options.config, options.host_options, gpus=options.gpus, memory=options.memory))
+    logging.disable(logging.CRITICAL)  # torchtitan's and torch's log of a job that is built many times
+    try:
+        return str(plan_job(options.config, options.host_options, gpus=options.gpus, memory=options.memory))
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _chat_data(options: argparse.Namespace) -> str:

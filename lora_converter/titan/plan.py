@@ -5,6 +5,7 @@ reads the job, takes out what needs files, and asks for the same of what the job
 """
 
 import copy
+import importlib
 import math
 import os
 from collections.abc import Iterator
@@ -64,8 +65,14 @@ def job_without_files(path: str, options: list[str]) -> Any:
     from lora_converter.titan.checks import require_config_module
 
     arguments = ["--job.config_file", path, *options]
-    require_config_module(arguments)
+    try:
+        require_config_module(arguments)
+    except ValueError as e:
+        if type(e) is ValueError:
+            raise
+        raise ValueError(f"{path} is no TOML file: {e}.") from None
     job_config = ConfigManager().parse_args(arguments)
+    _check_model(job_config)
     if job_config.training.enable_cpu_offload:
         raise ValueError("training.enable_cpu_offload = true: a plan counts everything on the GPU. Set it to false.")
     checkpoint, metrics = job_config.checkpoint, job_config.metrics
@@ -79,6 +86,22 @@ def job_without_files(path: str, options: list[str]) -> Any:
     return job_config
 
 
+def _check_model(job_config: Any) -> None:
+    """That there is such a model.
+
+    Raises:
+        ValueError: It or its flavor is unknown.
+    """
+    from torchtitan.protocols.train_spec import get_train_spec
+
+    model = job_config.model
+    if job_config.experimental.custom_import:
+        importlib.import_module(job_config.experimental.custom_import)
+    flavors = get_train_spec(model.name).model_args
+    if model.flavor not in flavors:
+        raise ValueError(f"model.flavor = {model.flavor!r}: {model.name} has {', '.join(flavors)}. Name one of them.")
+
+
 def _check_gpus(parallelism: Any, gpus: int | None) -> int:
     """How many the job has.
 
@@ -86,6 +109,9 @@ def _check_gpus(parallelism: Any, gpus: int | None) -> int:
         ValueError: The layout is not one of so many.
     """
     degrees = {name: getattr(parallelism, option) for option, name in _LAYOUT.items()}
+    for option, name in _LAYOUT.items():
+        if degrees[name] < 1 and (name, degrees[name]) != ("dp_shard", -1):
+            raise ValueError(f"parallelism.{option} = {degrees[name]}: must be at least 1.")
     fixed = math.prod(degree for degree in degrees.values() if degree > 0)
     if gpus is None:
         return fixed
@@ -115,9 +141,10 @@ def _largest(job_config: Any, gpus: int) -> Estimate:
         except ValueError:
             raise
         except Exception as e:
+            reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
             raise ValueError(
-                f"This job cannot be run on fake tensors ({type(e).__name__}: {str(e).strip().splitlines()[0]}). If it "
-                "runs on GPUs, look at the memory of its first steps there."
+                f"This job cannot be run on fake tensors ({reason}). If it runs on GPUs, look at the memory of its "
+                "first steps there."
             ) from e
     return max(found, key=lambda estimate: estimate.peak)
 

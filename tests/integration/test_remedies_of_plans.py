@@ -1,0 +1,90 @@
+"""What `lora-converter plan` says to do is done, and there is a plan. One process for all commands."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from harness import ROOT
+
+JOB = str(ROOT / "configs" / "debug_lora.toml")
+SMALL = ["--training.seq_len=64", "--training.local_batch_size=1"]
+TP4 = "--parallelism.tensor_parallel_degree=4"
+
+TROUBLES = {
+    "there is no such file. Name the TOML file of a job.": (["nothing.toml"], [JOB]),
+    "--gpus 6: the layout (tp 4) takes a multiple of 4. Give one, or change [parallelism].": (
+        [JOB, "--gpus", "6", TP4],
+        [JOB, "--gpus", "8", TP4],
+    ),
+    "--gpus 6: the layout (dp_shard 4) takes 4. Give that, or set parallelism.data_parallel_shard_degree = -1, which "
+    "takes the GPUs that are left.": (
+        [JOB, "--gpus", "6", "--parallelism.data_parallel_shard_degree=4"],
+        [JOB, "--gpus", "6", "--parallelism.data_parallel_shard_degree=-1"],
+    ),
+    "training.enable_cpu_offload = true: a plan counts everything on the GPU. Set it to false.": (
+        [JOB, "--training.enable_cpu_offload"],
+        [JOB, "--training.no-enable_cpu_offload"],
+    ),
+    "This job cannot be run on fake tensors (AssertionError: Sequence length 66 must be divisible by": (
+        [JOB, "--gpus", "4", TP4, "--training.seq_len=66"],
+        [JOB, "--gpus", "4", TP4, "--training.seq_len=72"],
+    ),
+    "model.flavor = '9B': llama3 has debugmodel, ": ([JOB, "--model.flavor=9B"], [JOB, "--model.flavor=debugmodel"]),
+    ". Name one of them.": ([JOB, "--model.flavor=9B"], [JOB, "--model.flavor=debugmodel"]),
+}
+"""Message -> a command that gives it, and the one that it asks for."""
+
+REFUSED = {
+    "--memory 0: must be above 0, the GiB of one GPU.": [JOB, "--memory", "0"],
+    "parallelism.tensor_parallel_degree = 0: must be at least 1.": [JOB, "--parallelism.tensor_parallel_degree=0"],
+    "is no TOML file: Expected '=' after a key": [f"{ROOT}/README.md"],
+}
+"""Messages that say what is allowed, or what went wrong."""
+
+
+def small(command: list[str]) -> list[str]:
+    """With few tokens, unless it says how many."""
+    return [command[0], *SMALL, *command[1:]]
+
+
+RUNS = """
+import contextlib, io, json, sys
+from lora_converter.cli import main
+found = []
+for command in json.loads(sys.argv[1]):
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        code = main(["plan", *command])
+    found.append((code, out.getvalue(), error.getvalue()))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, tuple[int, str, str]]:
+    """JSON of a command's arguments -> exit code, output, errors."""
+    commands = [small(command) for pair in TROUBLES.values() for command in pair] + list(REFUSED.values())
+    once = {json.dumps(command): command for command in commands}
+    env = dict(os.environ, PYTHONPATH=str(ROOT))
+    run = subprocess.run(
+        [sys.executable, "-c", RUNS, json.dumps(list(once.values()))], env=env, capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr
+    return dict(zip(once, json.loads(run.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("message", TROUBLES)
+def test_what_a_message_asks_for_leads_to_a_plan(message: str, found: dict[str, tuple[int, str, str]]) -> None:
+    trouble, remedy = map(small, TROUBLES[message])
+    code, _, error = found[json.dumps(trouble)]
+    assert code == 1 and message in error and "Traceback" not in error
+    code, plan, error = found[json.dumps(remedy)]
+    assert code == 0 and "peak" in plan and "Fits in 80 GiB" in plan, error
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_wrong_is_said(message: str, found: dict[str, tuple[int, str, str]]) -> None:
+    code, _, error = found[json.dumps(REFUSED[message])]
+    assert code == 1 and message in error and "Traceback" not in error
