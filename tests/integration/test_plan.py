@@ -1,5 +1,6 @@
 """`lora-converter plan` beside runs: of the debug jobs on this CPU, and of an 8B on an H100."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def kept_for_backward(trainer: Any) -> int:
     model = trainer.model_parts[0]
     with without_logits(trainer.model_parts), trainer.train_context(), trainer.maybe_enable_amp:
         model(tokens)  # what is made once and for good
+        model.output.handed_on = None  # so that nothing of it goes while the next one is counted
+        gc.collect()  # the trainer has switched it off
         with allocated("cpu") as found:
             hidden = model(tokens)
         assert hidden.shape[-1] == trainer.model_args.dim
