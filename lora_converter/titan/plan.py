@@ -113,6 +113,16 @@ def _check_gpus(parallelism: Any, gpus: int | None) -> int:
         if degrees[name] < 1 and (name, degrees[name]) != ("dp_shard", -1):
             raise ValueError(f"parallelism.{option} = {degrees[name]}: must be at least 1.")
     fixed = math.prod(degree for degree in degrees.values() if degree > 0)
+    experts = parallelism.expert_parallel_degree * parallelism.expert_tensor_parallel_degree
+    ranks = max(degrees["dp_shard"], 1) * degrees["cp"] * degrees["tp"]  # those of experts
+    if -1 in degrees.values():
+        fixed *= math.lcm(experts, ranks) // ranks
+    elif parallelism.expert_parallel_degree > 1 and ranks % experts:
+        raise ValueError(
+            f"parallelism.expert_parallel_degree = {parallelism.expert_parallel_degree}: the {ranks} ranks of dp_shard "
+            f"x cp x tp must be a multiple of it, times expert_tensor_parallel_degree: {experts}."
+        )
+    degrees["ep"] = parallelism.expert_parallel_degree
     if gpus is None:
         return fixed
     shown = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "1"
@@ -203,6 +213,7 @@ def _describe(path: str, job_config: Any, gpus: int) -> str:
     model, training = job_config.model, job_config.training
     degrees = {name: getattr(job_config.parallelism, option) for option, name in _LAYOUT.items()}
     degrees["dp_shard"] = _shards(job_config.parallelism, gpus)
+    degrees["ep"] = job_config.parallelism.expert_parallel_degree
     layout = ", ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
     return (
         f"{path}: {model.name} {model.flavor}, {gpus} GPU{'s' * (gpus > 1)} ({layout}), {training.local_batch_size} x "

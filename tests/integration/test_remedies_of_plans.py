@@ -11,6 +11,7 @@ from harness import ROOT
 JOB = str(ROOT / "configs" / "debug_lora.toml")
 SMALL = ["--training.seq_len=64", "--training.local_batch_size=1"]
 TP4 = "--parallelism.tensor_parallel_degree=4"
+EP4 = ["--model.name=deepseek_v3", "--model.flavor=debugmodel", "--parallelism.expert_parallel_degree=4"]
 
 TROUBLES = {
     "there is no such file. Name the TOML file of a job.": (["nothing.toml"], [JOB]),
@@ -22,6 +23,10 @@ TROUBLES = {
     "takes the GPUs that are left.": (
         [JOB, "--gpus", "6", "--parallelism.data_parallel_shard_degree=4"],
         [JOB, "--gpus", "6", "--parallelism.data_parallel_shard_degree=-1"],
+    ),
+    "--gpus 6: the layout (ep 4) takes a multiple of 4. Give one, or change [parallelism].": (
+        [JOB, "--gpus", "6", *EP4],
+        [JOB, *EP4],
     ),
     "training.enable_cpu_offload = true: a plan counts everything on the GPU. Set it to false.": (
         [JOB, "--training.enable_cpu_offload"],
@@ -39,6 +44,11 @@ TROUBLES = {
 REFUSED = {
     "--memory 0: must be above 0, the GiB of one GPU.": [JOB, "--memory", "0"],
     "parallelism.tensor_parallel_degree = 0: must be at least 1.": [JOB, "--parallelism.tensor_parallel_degree=0"],
+    "parallelism.expert_parallel_degree = 4: the 2 ranks of dp_shard x cp x tp must be a multiple of it": [
+        JOB,
+        "--parallelism.data_parallel_shard_degree=2",
+        *EP4,
+    ],
     "is no TOML file: Expected '=' after a key": [f"{ROOT}/README.md"],
 }
 """Messages that say what is allowed, or what went wrong."""
