@@ -59,7 +59,7 @@ def test_an_unmatched_pattern_names_the_model_and_its_linears(tmp_path: Path) ->
 
 def test_an_empty_target_set_is_refused(tmp_path: Path) -> None:
     assert message_of(tmp_path, "--lora.target_modules=wq", "--lora.exclude_modules=layers.*") == (
-        "llama3/tiny: lora.exclude_modules = ['layers.*'] leaves nothing of lora.target_modules = ['wq']: no linear "
+        "llama3/tiny: lora.exclude_modules = ['layers.*'] leaves nothing of lora.target_modules = ['wq']: nothing "
         "would be adapted. Exclude fewer of wq, wk, wv, wo, w1, w2, w3, output."
     )
 
