@@ -185,6 +185,13 @@ SIX = ("FSDP2", "TP2", "PP2 1F1B", "CP2", "MoE, EP2", "PP2 x TP2 x FSDP2")
 QUICK = (*SIX, "DDP2", "HSDP 2x2")
 """The quick tier's: every kind of parallelism once."""
 
+BY_HAND = (
+    *(f"experts of qwen3, {layout}" for layout in ("FSDP2", "EP2", "TP2", "DDP2", "TP2 x FSDP2")),
+    "experts of deepseek_v3, EP4",
+    *(f"experts of gpt_oss, {layout}" for layout in ("FSDP2", "DDP2", "TP2 x FSDP2", "EP4 x FSDP2 by features")),
+)
+"""`scripts/parity.sh` alone runs these: in CI each of their layouts has another model's experts."""
+
 ALL_ROWS = {**TABLE, **VARIANTS, **COMPILED}
 
 
