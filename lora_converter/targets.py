@@ -30,7 +30,7 @@ def select_targets(
     Raises:
         ValueError: A pattern matches nothing, or nothing is left after `exclude`.
     """
-    included = _match_all("lora.target_modules", targets, linears, experts=experts, reaches=_names_experts)
+    included = _match_all("lora.target_modules", targets, linears, experts=experts, means=_names_experts)
     excluded = _match_all("lora.exclude_modules", exclude, linears, experts=experts)
     selected = [fqn for fqn in (*linears, *experts) if fqn in included and fqn not in excluded]
     if not selected:
@@ -100,11 +100,11 @@ def _match_all(
     linears: Sequence[str],
     *,
     experts: Sequence[str] = (),
-    reaches: Callable[[str, str], bool] = _reaches,
+    means: Callable[[str, str], bool] = _reaches,
 ) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {fqn for fqn in linears if matches(pattern, fqn)} | {fqn for fqn in experts if reaches(pattern, fqn)}
+        hits = {fqn for fqn in linears if matches(pattern, fqn)} | {fqn for fqn in experts if means(pattern, fqn)}
         if not hits:
             also = f", and experts have {_names(experts)}, as in 'experts.{_names(experts[:1])}'" if experts else ""
             raise ValueError(_nothing(option, pattern, "linear", linears, also))

@@ -17,7 +17,7 @@ import torch
 
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
-from lora_converter.hf.expert_bridge import briefly, host_experts, is_padding
+from lora_converter.hf.expert_bridge import HostExperts, briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.peft_directory import PeftAdapter
@@ -144,7 +144,7 @@ def from_peft(
     *,
     configs: Mapping[str, LoRAConfig],
     what: str,
-    experts: ExpertShapes = MappingProxyType({}),
+    experts: Iterable[HostExperts] = (),
 ) -> dict[str, torch.Tensor]:
     """The inverse: full tensors in the host's names.
 
@@ -152,7 +152,7 @@ def from_peft(
         names: Of every adapted weight of the model.
         configs: Adapted weight -> its adapter's settings.
         what: What is read, for messages.
-        experts: As for `to_peft`; `peft` is fitted to them (`fitted_to`).
+        experts: The model's modules of routed experts; `peft` is fitted to them (`fitted_to`).
 
     Raises:
         ValueError: `what` lacks modules, has modules that are not adapted, or has another width; all are named.
@@ -182,7 +182,9 @@ def from_peft(
                 b[slice(None) if hf.rows is None else hf.rows] = hf_b.float()
         state_dict[name_a], state_dict[name_b] = a, b
     adapted = {weight.rpartition(".")[0] for weight in names}
-    for module in host_experts(adapter, {fqn: shapes for fqn, shapes in experts.items() if fqn in adapted}):
+    for module in experts:
+        if module.fqn not in adapted:
+            continue
         own = {last: configs[f"{module.fqn}.{last}"] for last in module.shapes if f"{module.fqn}.{last}" in names}
         for last, pair in module.from_peft(peft, own, misfit).items():
             state_dict |= dict(zip(names[f"{module.fqn}.{last}"], pair, strict=True))

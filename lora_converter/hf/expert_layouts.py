@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_converter.hf.expert_patterns import SPELLINGS, split_expert
-from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.stacked import INNER, OUTER
 
 Dims = tuple[int, int]
@@ -53,30 +52,13 @@ def layout_of(model_type: str) -> Layout:
     return _LAYOUTS.get(model_type, Layout())
 
 
-def is_swapped(
-    factors: Dims, weight: Dims, *, in_out: bool = False, flagged: bool = False, version: str = PEFT_VERSION
-) -> bool:
-    """Whether A of a stack goes over what experts give, and B over what they take.
-
-    Args:
-        factors: (P, Q): the last dim of A and the second of B.
-        weight: (in_features, out_features) of an expert; of gate and up together where they are one weight.
-        in_out: The weight is stored as (experts, in, out).
-        flagged: See `Layout`.
-        version: PEFT's, that wrote the factors; empty if not known, which is that of an old one.
-
-    Raises:
-        ValueError: The factors are of another size.
-    """
-    over_second = goes_over_second([(factors, weight if in_out else weight[::-1])], flagged=flagged, version=version)
-    return over_second != in_out
-
-
 def goes_over_second(pairs: Sequence[tuple[Dims, Dims]], *, flagged: bool, version: str) -> bool:
     """Whether A goes over the second dim of a module's stacked weights, and B over the last; one answer for all.
 
     Args:
         pairs: (P, Q) of each adapted weight's factors, and the weight's last two dims.
+        flagged: See `Layout`.
+        version: PEFT's, that wrote the factors; empty if not known, which is that of an old one.
 
     Raises:
         ValueError: Factors are of another size, or go different ways.

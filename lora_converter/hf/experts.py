@@ -12,13 +12,11 @@ from dataclasses import replace
 import torch
 
 from lora_converter.hf.aliases import Aliases
-from lora_converter.hf.expert_layouts import StoredExperts, goes_over_second, is_swapped, layout_of, stored_experts
+from lora_converter.hf.expert_layouts import StoredExperts, goes_over_second, layout_of, stored_experts
 from lora_converter.hf.expert_patterns import SPELLINGS, alpha_for, split_expert
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.stacked import INNER, OUTER, Pair, is_weight, stacked_names
-
-__all__ = ["fit_experts", "is_swapped", "layout_of"]
 
 Fitted = Iterator[tuple[str, Pair, float]]
 """Modules with their factors and alphas."""

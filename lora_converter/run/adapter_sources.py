@@ -15,6 +15,7 @@ from lora_converter.adapted import check_peft_forms
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.hf.bridge import from_peft
+from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
@@ -76,16 +77,15 @@ class PeftSource:
         check_peft_forms_everywhere(model)
         names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
         adapted, experts = model.adapted_fqns(), model.expert_shapes()
-        peft = load_peft_everywhere(self._path, adapter, linears, experts)
+        stored = host_experts(adapter, experts)
+        peft = load_peft_everywhere(self._path, adapter, linears, stored)
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
         there = replace(description, lora={**description.lora, **own})
         check_same_run(self._path, there, description, there=adapted, here=adapted, experts=experts)
         self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
         of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
-        self._state_dict = from_peft(
-            adapter, peft, names, linears, configs=of_weights, what=self._path, experts=experts
-        )
+        self._state_dict = from_peft(adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored)
         self._base_fingerprint = peft.base_fingerprint
 
     def load(self) -> None:

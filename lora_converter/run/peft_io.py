@@ -1,8 +1,8 @@
 """PEFT directories of a run: written at its end, read at its start, and made of step folders without a run."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -17,8 +17,7 @@ from lora_converter.files import digest
 from lora_converter.fit import Misfit
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import LinearShapes, names_of_linears, to_peft
-from lora_converter.hf.expert_bridge import briefly, fitted_to, host_experts, settings_of
-from lora_converter.hf.expert_naming import ExpertShapes
+from lora_converter.hf.expert_bridge import HostExperts, briefly, fitted_to, settings_of
 from lora_converter.hf.naming import StateDictAdapter, hf_name
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
@@ -33,7 +32,7 @@ C = TypeVar("C", bound=RunConfig)
 
 
 def load_peft_everywhere(
-    path: str, adapter: StateDictAdapter, linears: LinearShapes, experts: ExpertShapes = MappingProxyType({})
+    path: str, adapter: StateDictAdapter, linears: LinearShapes, experts: Sequence[HostExperts] = ()
 ) -> PeftAdapter:
     """`load_peft` on every rank, of one and the same adapter, in the names and forms that the model's modules have.
 
@@ -49,7 +48,7 @@ def load_peft_everywhere(
     agreed(found, f"lora.initial_adapter_path: {path} (SHA-256)")
     peft = peft.renamed(Aliases(names_of_linears(adapter, linears)))
     try:
-        return fitted_to(peft, host_experts(adapter, experts))
+        return fitted_to(peft, experts)
     except ValueError as e:
         raise ValueError(f"lora.initial_adapter_path: {path}: {e}") from None
 
@@ -59,7 +58,7 @@ def config_of_peft(
     peft: PeftAdapter,
     adapter: StateDictAdapter,
     linears: LinearShapes,
-    experts: ExpertShapes = MappingProxyType({}),
+    experts: Sequence[HostExperts] = (),
 ) -> C:
     """`[lora]` for a run that starts from a PEFT directory: what is left at its default comes from the directory.
 
@@ -80,7 +79,7 @@ def config_of_peft(
                 f"Leave lora.{name} out to take the adapter's."
             )
     modules = {fqn: module for fqn, shape in linears.items() if (module := _module_of(peft, adapter, fqn, shape))}
-    weights, of_experts = _experts_of(peft, adapter, experts, what)
+    weights, of_experts = _experts_of(peft, experts, what)
     if other := {rank for rank, _ in of_experts.values() if config.expert_rank not in (0, rank)}:
         raise ValueError(
             f"lora.expert_rank = {config.expert_rank}, but experts of the adapter in {what} have "
@@ -91,7 +90,7 @@ def config_of_peft(
     config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
     if config.target_modules == default.target_modules and not config.exclude_modules:
         config = replace(config, target_modules=[*modules, *weights])
-    every = [f"{fqn}.{weight}" for fqn, shapes in experts.items() for weight in shapes]
+    every = [f"{module.fqn}.{weight}" for module in experts for weight in module.shapes]
     targets = select_targets(
         list(linears), targets=config.target_modules, exclude=config.exclude_modules, experts=every
     )
@@ -103,7 +102,7 @@ def config_of_peft(
 
 
 def _experts_of(
-    peft: PeftAdapter, adapter: StateDictAdapter, experts: ExpertShapes, what: str
+    peft: PeftAdapter, experts: Sequence[HostExperts], what: str
 ) -> tuple[list[str], dict[str, tuple[int, float]]]:
     """The experts' weights that an adapter adapts, and each of their modules' rank and alpha.
 
@@ -113,7 +112,7 @@ def _experts_of(
     weights: list[str] = []
     settings: dict[str, tuple[int, float]] = {}
     misfit = Misfit()
-    for module in host_experts(adapter, experts):
+    for module in experts:
         if read := module.read(peft, misfit):
             weights += [each.name for each in read.values()]
             settings[module.fqn] = settings_of(read, peft.use_rslora)

@@ -18,6 +18,7 @@ from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import LoRAExperts, expert_shapes
 from lora_converter.figures import percent, short
+from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.export_checks import check_exportable, check_mergeable
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
@@ -106,7 +107,7 @@ class LoRAConverter:
         adapter, config = self._state_dict_adapter(model), self.job_config.lora
         if adapter is None:
             raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
-        linears, experts = linear_shapes(model), expert_shapes(model, EXPERT_CLASSES)
+        linears, experts = linear_shapes(model), host_experts(adapter, expert_shapes(model, EXPERT_CLASSES))
         peft = load_peft_everywhere(config.initial_adapter_path, adapter, linears, experts)
         return config_of_peft(config, peft, adapter, linears, experts)
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lora_converter import merge
 from lora_converter.hf.aliases import Aliases
-from lora_converter.hf.experts import fit_experts, is_swapped, layout_of
+from lora_converter.hf.expert_layouts import Dims, goes_over_second, layout_of
+from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.merge_plan import Update, without_weight
 from lora_converter.hf.peft_adapter import PeftAdapter, config_of
@@ -262,12 +263,17 @@ def test_what_does_not_fit_the_stored_experts_is_named() -> None:
 )
 def test_the_rule_decides_where_shapes_do_not_tell(version: str, kind: str, swapped: bool) -> None:
     layout = layout_of(kind)
-    rule = {"in_out": layout.in_out, "flagged": layout.flagged, "version": version}
-    assert is_swapped((8, 8), (8, 8), **rule) is swapped
-    assert is_swapped((8, 12), (8, 12), **rule) is False
-    assert is_swapped((12, 8), (8, 12), **rule) is True
+
+    def is_swapped(factors: Dims, weight: Dims) -> bool:
+        """Whether A goes over what experts give. weight: (in_features, out_features)."""
+        stored = weight if layout.in_out else weight[::-1]
+        return goes_over_second([(factors, stored)], flagged=layout.flagged, version=version) != layout.in_out
+
+    assert is_swapped((8, 8), (8, 8)) is swapped
+    assert is_swapped((8, 12), (8, 12)) is False
+    assert is_swapped((12, 8), (8, 12)) is True
     with pytest.raises(ValueError, match="factors over 8 and 13"):
-        is_swapped((8, 13), (8, 12), **rule)
+        is_swapped((8, 13), (8, 12))
 
 
 def test_prefixes_and_mixtrals_old_name_are_found() -> None:
