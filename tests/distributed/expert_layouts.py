@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.nn as nn
 from collectives import Collectives, forward_and_backward, trainer
 from expert_export import export
-from harness import BASE_CONFIG, build, finish, full_state
+from harness import BASE_CONFIG, build, full_state
 from launch import main
 from memory import Made
-from parity import EP2, EXPERTS_TOO, FSDP2, PP2, STEPS, TP2, build_row, fill_b, losses_of, relative, row
+from parity import EP2, EXPERTS_TOO, FSDP2, PP2, TP2, fill_b, row
+from reshard import HALF, resume, save
 from tiny_models import base_options
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,7 +40,7 @@ from lora_converter.tensors import local_part
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.updates import add_updates
 
-HALF = STEPS // 2
+SAVED = "saved experts"
 MODEL = "deepseek_v3"
 EXPERT_WEIGHTS = [f"layers.{layer}.moe.experts.{weight}" for layer in (1, 2) for weight in ("w1", "w2", "w3")]
 TOKENS = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -200,28 +201,11 @@ def whole(value: Any) -> torch.Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def save(layout: str, bases: Path) -> None:
-    """Trains to step 5 of 10 and stops."""
-    options = [f"--training.steps={HALF}", f"--lr_scheduler.total_steps={STEPS}"]
-    finish(build_row(SAVED_ON[layout], bases / "saved experts" / layout, bases, *options))
-
-
-def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
-    """Steps 6 to 10 have the losses of one rank that was never stopped."""
-    options = ["--checkpoint.load_only", "--checkpoint.exclude_from_loading=dataloader"]
-    run = build_row(SAVED_ON[layout], bases / "saved experts" / saved_on, bases, *options)
-    finish(run)
-    reference = torch.load(bases / f"{REFERENCE.key}.pt", weights_only=True)["losses"]
-    difference = relative(losses_of(run), reference[HALF:])
-    assert difference < 1e-5, difference
-    return {"loss": difference}
-
-
 def to_peft_and_back(layout: str, bases: Path) -> None:
     """What one rank trained goes to PEFT from any layout as from one rank, and comes back to it."""
     folder = bases / "experts in PEFT" / layout
     job = [*base_options(MODEL, bases), *EXPORTED_FROM[layout]]
-    step = bases / "saved experts" / "1 rank" / "checkpoint" / f"step-{HALF}"
+    step = bases / SAVED / "1 rank" / "checkpoint" / f"step-{HALF}"
     for source, options in ((step, EXPERTS_TOO), (folder / "first", ("--lora.rank=16",))):
         run = build(folder / "run", *job, *options, f"--lora.initial_adapter_path={source}")
         run.trainer.checkpointer.load()
@@ -250,12 +234,14 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
         for layout, dtype in (("ep", torch.float32), ("pp", torch.float32), ("ep", torch.bfloat16)):
             name = f"an export of Qwen3-30B-A3B's sizes in {dtype} over {layout}"
             found[name] = lambda f, layout=layout, dtype=dtype: export(f, layout, dtype)
-    here = [layout for layout, needs in SAVED_ON.items() if needs.ranks == ranks]
-    for layout in here:
-        found[f"save on {layout}"] = lambda _, layout=layout: save(layout, bases)
-    for layout in here:
+    here = {layout: needs for layout, needs in SAVED_ON.items() if needs.ranks == ranks}
+    for layout, needs in here.items():
+        folder = bases / SAVED / layout
+        found[f"save on {layout}"] = lambda _, row=needs, f=folder: save(row, f, bases)
+    for layout, needs in here.items():
         for saved in SAVED_ON:
-            found[f"resume on {layout} from {saved}"] = lambda _, to=layout, of=saved: resume(to, of, bases)
+            folder = bases / SAVED / saved
+            found[f"resume on {layout} from {saved}"] = lambda _, row=needs, f=folder: resume(row, f, bases)
     return found
 
 

@@ -31,18 +31,21 @@ RESUMED_ON = {**SAVED_ON, "TP2 x PP2": row(4, TP2, PP2)}
 EXPORTED_FROM = {**SAVED_ON, "TP2 x PP2 x FSDP2": row(8, TP2, PP2, FSDP2)}
 
 
-def save(layout: str, bases: Path) -> None:
+def save(row: Row, folder: Path, bases: Path) -> None:
     """Trains to step 5 of 10 and stops."""
     options = [f"--training.steps={HALF}", f"--lr_scheduler.total_steps={STEPS}"]
-    finish(build_row(SAVED_ON[layout], bases / "saved" / layout, bases, *options))
+    finish(build_row(row, folder, bases, *options))
 
 
-def resume(layout: str, saved_on: str, bases: Path) -> dict[str, float]:
-    """Steps 6 to 10. The data loader's state belongs to a data-parallel degree; the batches are fed here anyway."""
+def resume(row: Row, folder: Path, bases: Path) -> dict[str, float]:
+    """Steps 6 to 10 have the losses of one rank that was never stopped.
+
+    The data loader's state belongs to a data-parallel degree; the batches are fed here anyway.
+    """
     options = ["--checkpoint.load_only", "--checkpoint.exclude_from_loading=dataloader"]
-    run = build_row(RESUMED_ON[layout], bases / "saved" / saved_on, bases, *options)
+    run = build_row(row, folder, bases, *options)
     finish(run)
-    reference = torch.load(bases / f"{Row(1).key}.pt", weights_only=True)["losses"]
+    reference = torch.load(bases / f"{row.one_rank.key}.pt", weights_only=True)["losses"]
     difference = relative(losses_of(run), reference[HALF:])
     assert difference < 1e-5, difference
     return {"loss": difference}
@@ -71,14 +74,15 @@ def export(layout: str, bases: Path) -> None:
 def checks(bases: Path, ranks: int) -> dict[str, Any]:
     """All saves of layouts with so many ranks, then all resumes."""
     found: dict[str, Any] = {
-        f"save on {layout}": lambda _, layout=layout: save(layout, bases)
+        f"save on {layout}": lambda _, row=needs, folder=bases / "saved" / layout: save(row, folder, bases)
         for layout, needs in SAVED_ON.items()
         if needs.ranks == ranks
     }
     for layout, needs in RESUMED_ON.items():
         for saved in SAVED_ON:
             if needs.ranks == ranks:
-                found[f"resume on {layout} from {saved}"] = lambda _, to=layout, of=saved: resume(to, of, bases)
+                folder = bases / "saved" / saved
+                found[f"resume on {layout} from {saved}"] = lambda _, row=needs, f=folder: resume(row, f, bases)
     for layout, needs in EXPORTED_FROM.items():
         if needs.ranks == ranks:
             found[f"export on {layout}"] = lambda _, layout=layout: export(layout, bases)

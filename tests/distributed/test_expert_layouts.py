@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 import torch
-from expert_layouts import HALF, REFERENCE, SAVED_ON, checks, save
+from expert_layouts import REFERENCE, SAVED, SAVED_ON, checks
 from launch import launch
 from parity import train_row
+from reshard import HALF, save
 
 from lora_converter.cli import main
 
@@ -17,8 +18,8 @@ NAMES = [*checks(Path(), 2), *(f"resume on 1 rank from {layout}" for layout in S
 def verdicts(bases: Path) -> dict[str, Any]:
     """One rank trains to the end, and to the middle, in this process; then a launch of two ranks, and one of one."""
     torch.save(train_row(REFERENCE, bases / "run-of-experts", bases), bases / f"{REFERENCE.key}.pt")
-    save("1 rank", bases)
-    step = bases / "saved experts" / "1 rank" / "checkpoint" / f"step-{HALF}"
+    save(SAVED_ON["1 rank"], bases / SAVED / "1 rank", bases)
+    step = bases / SAVED / "1 rank" / "checkpoint" / f"step-{HALF}"
     assert main(["export", "--checkpoint", str(step), "--output", str(bases / "experts in PEFT" / "1 rank")]) == 0
     found: dict[str, Any] = {}
     for ranks in (2, 1):

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def verdicts(bases: Path) -> dict[str, Any]:
     """One rank saves in this process; then one launch per number of ranks saves and resumes."""
-    save("1 rank", bases)
+    save(SAVED_ON["1 rank"], bases / "saved" / "1 rank", bases)
     found: dict[str, Any] = {}
     for ranks in (2, 4, 8, 1):
         folder = bases / f"reshard-{ranks}"
