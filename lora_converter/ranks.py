@@ -1,6 +1,6 @@
 """What one rank finds wrong, all ranks raise: a mistake on one machine ends the job at once, not by a time-out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -88,6 +88,11 @@ def gather_to_first(value: T) -> list[T]:
 def union_over_ranks(names: list[str]) -> list[str]:
     """Names found on any rank: pipeline stages see different ones, and all ranks must raise or none."""
     return list(dict.fromkeys(name for part in gather_all(names) for name in part))
+
+
+def merged_over_ranks(mine: Mapping[str, T]) -> dict[str, T]:
+    """What all ranks know by name, in one table: pipeline stages know different modules. A collective."""
+    return {name: value for found in gather_all(mine) for name, value in found.items()}
 
 
 def is_first_rank() -> bool:

@@ -11,7 +11,7 @@ from lora_converter.dcp.states import ModelSubset
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
-from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, union_over_ranks
+from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
@@ -77,18 +77,18 @@ class RunModel:
         name = self.host.canonical_name
         sums = {key: found for part in self.parts for key, found in base_sums(part, canonical_name=name).items()}
         if "pp" in self.host.meshes:
-            sums = {key: found for part in gather_all(sums) for key, found in part.items()}
+            sums = merged_over_ranks(sums)
         self.base_fingerprint = agreed(fingerprint(sums), "The fingerprint of the base")
 
     def peft_names(self) -> dict[str, tuple[str, str]]:
         """Adapted weight -> the parameters that PEFT calls its lora_A and lora_B, of all ranks. A collective."""
         mine = {weight: names for module in self.adapted for weight, names in module.peft_names().items()}
-        return {weight: names for found in gather_all(mine) for weight, names in found.items()}
+        return merged_over_ranks(mine)
 
     def configs(self) -> dict[str, LoRAConfig]:
         """FQN -> settings of the adapted modules of all ranks. A collective."""
         mine = {module.lora_fqn: module.lora_config for module in self.adapted}
-        return {fqn: config for found in gather_all(mine) for fqn, config in found.items()}
+        return merged_over_ranks(mine)
 
     def has_experts(self) -> bool:
         """Whether the model has routed experts, on any rank. A collective."""
@@ -97,12 +97,12 @@ class RunModel:
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """FQN -> (out_features, in_features) of the linears of all ranks. A collective."""
         mine = {fqn: shape for part in self.parts for fqn, shape in linear_shapes(part).items()}
-        return {fqn: shape for found in gather_all(mine) for fqn, shape in found.items()}
+        return merged_over_ranks(mine)
 
     def expert_shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Adapted experts modules of all ranks -> their weights -> (experts, out, in). A collective."""
         mine = {fqn: shapes for part in self.parts for fqn, shapes in expert_shapes(part).items()}
-        return {fqn: shapes for found in gather_all(mine) for fqn, shapes in found.items()}
+        return merged_over_ranks(mine)
 
     def gather_adapters(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The adapters of all pipeline stages as full CPU tensors on rank 0, nothing elsewhere. A collective.
