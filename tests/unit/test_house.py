@@ -24,6 +24,8 @@ FLOORS = [
         "ops",
         "order",
         "plan",
+        "packed",
+        "packed_formats",
         "processes",
         "ranks",
         "swap",
