@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
-from lora_converter.swap import check_forward_is_called, follow_hook, new_instance, recipe_of, subclass_with, swap_class
+from lora_converter.swap import check_forward_is_called, follow_hook, reduced, subclass_with, swap_class
 from lora_converter.tensors import local_part
 from lora_converter.updates import add_updates, on_all_ranks
 
@@ -48,6 +48,9 @@ class AdaptedModule(nn.Module):
     Base weight -> the parameters that PEFT calls its lora_A and lora_B. A kind that PEFT cannot express leaves it
     empty; exporting such an adapter is an error that names it.
     """
+
+    packed_format: str = ""
+    """The format of the base weights, if they are packed."""
 
     lora_config: LoRAConfig
     lora_fqn: str
@@ -98,7 +101,7 @@ class AdaptedModule(nn.Module):
         """Computes what `merge` would write, and drops it.
 
         Raises:
-            ValueError: A weight is quantized, or the result is not finite on some rank.
+            ValueError: A weight is quantized or packed, or the result is not finite on some rank.
         """
         for name in self.merged_names():
             self._add_updates(name, write=False)
@@ -122,6 +125,9 @@ class AdaptedModule(nn.Module):
     @torch.no_grad()
     def _add_updates(self, name: str, *, write: bool) -> None:
         weight, fqn = self.get_parameter(name), f"{self.lora_fqn}.{name}"
+        if self.packed_format:
+            refused = f"{fqn} is packed ({self.packed_format}): an update cannot be merged into it. "
+            raise ValueError(refused + "Merge into the original base with `lora-converter merge`.")
         if not weight.is_floating_point():
             raise ValueError(f"{fqn} is quantized ({weight.dtype}): an update cannot be merged into it.")
         local = local_part(weight)
@@ -147,10 +153,7 @@ class AdaptedModule(nn.Module):
         follow_hook(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For pickle and torch.save, which find classes by name: one that swapping has made is made again."""
-        reduced = super().__reduce_ex__(2)
-        assert isinstance(reduced, tuple)
-        return (new_instance, (recipe_of(type(self)),), *reduced[2:])
+        return reduced(self, super().__reduce_ex__(2))
 
 
 def adapt(module: nn.Module, kind: type[M], config: LoRAConfig, *, fqn: str, canonical_name: str = "") -> M:
@@ -230,9 +233,9 @@ def modules_of(parameters: Iterable[str], kinds: Iterable[type[AdaptedModule]]) 
 
 
 def has_stacked_experts(model: nn.Module) -> bool:
-    """Whether a model keeps routed experts in parameters of three dims, (experts, out, in)."""
+    """Whether a model keeps routed experts in parameters of three dims, (experts, out, in); packed, of one more."""
     adapters = {id(param) for param in adapter_parameters(model).values()}
-    return any(param.ndim == 3 and id(param) not in adapters for param in model.parameters())
+    return any(p.ndim - (p.dtype is torch.uint8) == 3 and id(p) not in adapters for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

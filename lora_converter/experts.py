@@ -29,9 +29,10 @@ from torch.distributed.tensor import DTensor
 
 from lora_converter.adapted import AdaptedModule, adapt, stable_hash
 from lora_converter.config import LoRAConfig
-from lora_converter.grouped import grouped_linear
+from lora_converter.grouped import grouped_linear, grouped_product
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear
+from lora_converter.packed_ops import packed_linear
 from lora_converter.tensor_parallel import place_beside, whole_beside
 from lora_converter.tensors import local_indices, local_part
 from lora_converter.updates import low_rank_updates
@@ -67,11 +68,13 @@ class LoRAExperts(AdaptedModule):
     def per_expert(self, weight: str) -> Callable[[int, Tensor], Tensor]:
         """A product as a function of an expert of this rank and its rows, x_e (rows, in_features)."""
         # Unbound, since the gradients of slices would be added up over the whole factor, expert by expert.
-        weights = local_part(self.get_parameter(weight)).unbind()
-        if weight not in self.merged_names():
-            return lambda expert, x: F.linear(x, weights[expert])
+        weights, form = local_part(self.get_parameter(weight)).unbind(), self.packed_format
+        if not self._updates(weight):
+            return lambda e, x: packed_linear(x, weights[e], form=form) if form else F.linear(x, weights[e])
         a, b = (factor.unbind() for factor in self._local_factors(weight))
         scaling = self.lora_config.scaling
+        if form:
+            return lambda e, x: packed_linear(x, weights[e], form=form, factors=(a[e].t(), b[e]), scaling=scaling)
         return lambda e, x: low_rank_linear(x, weights[e], None, a[e].t(), b[e], scaling=scaling)
 
     def grouped_product(self, weight: str, x: Tensor, offsets: Tensor) -> Tensor:
@@ -80,10 +83,16 @@ class LoRAExperts(AdaptedModule):
         Args:
             offsets: Where each expert's rows end, int32, (experts of this rank).
         """
-        base = local_part(self.get_parameter(weight)).to(x.dtype)
-        if weight not in self.merged_names():
-            return torch._grouped_mm(x, base.transpose(-2, -1), offs=offsets)
-        return grouped_linear(x, base, *self._local_factors(weight), offsets, scaling=self.lora_config.scaling)
+        base, form = local_part(self.get_parameter(weight)), self.packed_format
+        if not form:
+            base = base.to(x.dtype)
+        if not self._updates(weight):
+            return grouped_product(x, base, offsets, form=form)
+        scaling = self.lora_config.scaling
+        return grouped_linear(x, base, *self._local_factors(weight), offsets, scaling=scaling, form=form)
+
+    def _updates(self, weight: str) -> bool:
+        return self.is_active and weight in self.merged_names()
 
     def _factors(self, weight: str) -> tuple[nn.Parameter, nn.Parameter]:
         a, b = _factor_names(weight)

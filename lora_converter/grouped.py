@@ -16,45 +16,52 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lora_converter.packed_ops import packed_grouped_mm
+
 Tensor = torch.Tensor
 
 _ALIGNMENT = 16
 """Bytes."""
 
 
-def grouped_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, scaling: float) -> Tensor:
+def grouped_linear(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, offsets: Tensor, *, scaling: float, form: str = ""
+) -> Tensor:
     """x_e W_eᵀ + scaling · (x_e A_e) B_eᵀ for each expert e.
 
     Args:
         x: (rows, in_features), expert 0's rows first.
-        weight: W, (experts, out_features, in_features), frozen, of x's dtype.
+        weight: W, (experts, out_features, in_features), frozen, of x's dtype; or packed.
         a: A, (experts, in_features, rank), of any floating dtype: cast to x's.
         b: B, (experts, out_features, rank).
         offsets: Where each expert's rows end, int32, (experts).
+        form: The name of the weight's packed format, if it has one.
 
     Returns:
         (rows, out_features).
     """
     assert not weight.requires_grad
-    out: Tensor = _GroupedLinear.apply(x, weight, _aligned(a.to(x.dtype)), _aligned(b.to(x.dtype)), offsets, scaling)
+    out: Tensor = _GroupedLinear.apply(
+        x, weight, _aligned(a.to(x.dtype)), _aligned(b.to(x.dtype)), offsets, scaling, form
+    )
     return out
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, a, b, offsets, scaling):
+    def forward(ctx, x, weight, a, b, offsets, scaling, form):
         s = torch._grouped_mm(x, a, offs=offsets).mul_(scaling)
-        out = torch._grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+        out = grouped_product(x, weight, offsets, form=form)
         out.add_(torch._grouped_mm(s, b.transpose(-2, -1), offs=offsets))
         ctx.save_for_backward(x, s, weight, a, b, offsets)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.form = scaling, form
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, s, weight, a, b, offsets = ctx.saved_tensors
-        wants_x, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
+        wants_x, _, wants_a, wants_b, _, _, _ = ctx.needs_input_grad
         dx = da = db = None
         dy = dy.contiguous()
         if wants_b:
@@ -64,9 +71,16 @@ class _GroupedLinear(torch.autograd.Function):
         if wants_a:
             da = torch._grouped_mm(x.t(), ds, offs=offsets)
         if wants_x:
-            dx = torch._grouped_mm(dy, weight, offs=offsets)
+            dx = grouped_product(dy, weight, offsets, form=ctx.form, backward=True)
             dx.add_(torch._grouped_mm(ds, a.transpose(-2, -1), offs=offsets))
-        return dx, None, da, db, None, None
+        return dx, None, da, db, None, None, None
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor, *, form: str = "", backward: bool = False) -> Tensor:
+    """x_e W_eᵀ for each expert e; with `backward` x_e W_e. The rest is as for `grouped_linear`."""
+    if form:
+        return packed_grouped_mm(x, weight, offsets, form=form, backward=backward)
+    return torch._grouped_mm(x, weight if backward else weight.transpose(-2, -1), offs=offsets)
 
 
 def _aligned(factor: Tensor) -> Tensor:

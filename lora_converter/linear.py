@@ -24,6 +24,7 @@ from lora_converter.adapted import AdaptedModule, adapt, stable_hash
 from lora_converter.config import LoRAConfig
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear, low_rank_update
+from lora_converter.packed_ops import packed_linear
 from lora_converter.tensor_parallel import LoRAFactor, local_bias, local_input, local_output, shard_of_features
 from lora_converter.tensors import copy_full_, local_part
 from lora_converter.updates import low_rank_updates
@@ -55,13 +56,15 @@ class LoRALinear(AdaptedModule):
         """input: (..., in_features) -> (..., out_features)."""
         if not self.is_active:
             return super().forward(input)
-        if self._base_is_plain:
+        if self._is_one_operation(input):
             return self._on_this_rank(input, with_base=True)
-        # A base with a product of its own: float8.
+        # A base with a product of its own: float8; or packed, on all ranks of a mesh.
         return super().forward(input) + self._on_this_rank(input, with_base=False)
 
-    @property
-    def _base_is_plain(self) -> bool:
+    def _is_one_operation(self, x: torch.Tensor) -> bool:
+        """Whether base and update are computed together."""
+        if self.packed_format:
+            return not isinstance(x, DTensor) or (self.lora_a.whole_over or self.lora_b.whole_over) is not None
         # torch.compile follows an attribute of super(), and not a getattr or a cast.
         return self.lora_transposed or super().forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
 
@@ -101,6 +104,9 @@ class LoRALinear(AdaptedModule):
                 update = low_rank_update(F.dropout(x, dropout), a, b, scaling=scaling)
                 return F.linear(x, weight, bias) + update if with_base else update
             scaling, keep = scaling / (1 - dropout), self._mask(x, shards)
+        if with_base and self.packed_format:
+            form = self.packed_format
+            return packed_linear(x, weight, bias, form=form, factors=(a, b), scaling=scaling, keep=keep)
         if with_base:
             return low_rank_linear(x, weight, bias, a, b, scaling=scaling, keep=keep)
         return low_rank_update(x, a, b, scaling=scaling, keep=keep)
@@ -229,19 +235,3 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         for fqn, module in linears_of(model).items()
         if isinstance(module, nn.Linear)
     }
-
-
-def uncalled_linears(model: nn.Module) -> dict[str, str]:
-    """Linears whose weight is read and which are not called, so that an adapter on them would do nothing -> by whom."""
-    found: dict[str, str] = {}
-    for fqn, module in plain_modules(model):
-        for cls, names in _READ_WEIGHTS.items():
-            if isinstance(module, cls):
-                found |= {f"{fqn}.{name}" if fqn else name: cls.__name__ for name in names}
-    return found
-
-
-_READ_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in evaluation, on its fast path
-}

@@ -18,6 +18,8 @@ cover (trained base weights, DTensors, quantized weights), the composition is us
 rank) tensor. The operation has one derivative: no double backward, no torch.func transforms.
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -59,19 +61,40 @@ def low_rank_linear(
     """
     if _needs_composition(x, weight, bias):
         return F.linear(x, weight, bias) + low_rank_update(x, a, b, scaling=scaling, keep=keep)
-    device = x.device.type
-    if x.dtype is not torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    rows, keep = x.reshape(-1, x.shape[-1]), None if keep is None else keep.reshape(-1, x.shape[-1])
-    out = _LowRankLinear.apply(rows, weight, bias, a.to(x.dtype), b.to(x.dtype), scaling, keep)
-    # Not a view, as nn.Linear's result is none: FSDP2 and in-place operations downstream treat views specially.
+    out = _LowRankLinear.apply(rows_of(x), weight, bias, a.to(x.dtype), b.to(x.dtype), scaling, rows_of(keep))
+    return shaped_like(out, x)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a product of x is computed in where autocast is on and x is none of fp64."""
+    device = x.device.type
+    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@overload
+def rows_of(x: Tensor) -> Tensor: ...
+@overload
+def rows_of(x: Tensor | None) -> Tensor | None: ...
+def rows_of(x: Tensor | None) -> Tensor | None:
+    """(..., features) -> (tokens, features)."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def shaped_like(out: Tensor, x: Tensor) -> Tensor:
+    """A result, (tokens, out_features), in the shape that x asks for.
+
+    Not as a view, as nn.Linear's result is none: FSDP2 and in-place operations downstream treat views specially.
+    """
     return out if x.ndim == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
 
 
 def low_rank_update(x: Tensor, a: Tensor, b: Tensor, *, scaling: float, keep: Tensor | None = None) -> Tensor:
     """scaling · ((x ∘ keep) Aᵀ) Bᵀ alone, of plain operations."""
-    return _small_product(_small_product(_kept(x, keep), a) * scaling, b)
+    return _small_product(_small_product(kept(x, keep), a) * scaling, b)
 
 
 def _small_product(x: Tensor, factor: Tensor) -> Tensor:
@@ -109,7 +132,7 @@ class _LowRankLinear(torch.autograd.Function):
         if wants_a or wants_x:
             ds = (dy @ b).mul_(ctx.scaling)
         if wants_a:
-            da = ds.t() @ _kept(x, keep)
+            da = ds.t() @ kept(x, keep)
         if wants_x:
             dx = sum_of_products(dy, weight, ds, a, keep=keep)
         return dx, None, None, da, db, None, None
@@ -117,7 +140,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 def linear_kernel(x, weight, bias, a, b, scaling, keep):
     """The operator's implementation. x: (tokens, in_features) -> y (tokens, out_features), S (tokens, rank)."""
-    s = (_kept(x, keep) @ a.t()).mul_(scaling)
+    s = (kept(x, keep) @ a.t()).mul_(scaling)
     return sum_of_products(x, weight.t(), s, b.t(), bias=bias), s
 
 
@@ -138,7 +161,8 @@ def as_plain_product(func: object, args: tuple) -> tuple:
     return (torch.ops.aten.mm.default, x, weight.t())
 
 
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+def kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """What dropout leaves of x, not scaled."""
     return x if keep is None else x * keep
 
 

@@ -30,14 +30,23 @@ def swapped_in(cls: type) -> list[type]:
     return [vars(base)["_mixin"] for base in cls.mro() if "_mixin" in vars(base)]
 
 
-def recipe_of(cls: type) -> Any:
+def reduced(module: nn.Module, usual: Any) -> Any:
+    """For pickle and torch.save, which find classes by name: one that swapping has made is made again.
+
+    Args:
+        usual: What `object.__reduce_ex__(2)` says of the module.
+    """
+    return (_new_instance, (_recipe_of(type(module)),), *usual[2:])
+
+
+def _recipe_of(cls: type) -> Any:
     """A class that `subclass_with` has made, as (mixin, recipe of the rest); others as they are."""
     mixin = vars(cls).get("_mixin")
-    return (mixin, recipe_of(cls.__bases__[1])) if mixin else cls
+    return (mixin, _recipe_of(cls.__bases__[1])) if mixin else cls
 
 
-def new_instance(recipe: Any) -> Any:
-    """An instance of the class that `recipe_of` has described, without its state."""
+def _new_instance(recipe: Any) -> Any:
+    """An instance of the class that `_recipe_of` has described, without its state."""
     cls: Any = _from_recipe(recipe)
     return cls.__new__(cls)
 

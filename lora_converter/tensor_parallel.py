@@ -79,10 +79,26 @@ def local_output(out: torch.Tensor, mesh: DeviceMesh, *, column_wise: bool, out_
     Args:
         out_features: Of the whole linear, which the local one does not tell where shards are uneven.
     """
-    shape = torch.Size((*out.shape[:-1], out_features))
-    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
     gives: Placement = Shard(out.ndim - 1) if column_wise else Partial()
-    return DTensor.from_local(out, mesh, [gives], run_check=False, shape=shape, stride=stride)
+    return _placed(out, mesh, [gives], shape=(*out.shape[:-1], out_features))
+
+
+def rows_on_mesh(x: torch.Tensor) -> DTensor:
+    """The input of a linear that is whole on every rank of a mesh, in a placement in which rows are whole."""
+    assert isinstance(x, DTensor)
+    cut = {x.ndim - 1, None}
+    wanted = [Replicate() if not p.is_replicate() and getattr(p, "dim", None) in cut else p for p in x.placements]
+    return x if tuple(wanted) == x.placements else x.redistribute(placements=wanted)
+
+
+def output_on_mesh(out: torch.Tensor, x: DTensor) -> DTensor:
+    """This rank's output of a linear that is whole on every rank, placed as its input, `rows_on_mesh`, is."""
+    return _placed(out, x.device_mesh, list(x.placements), shape=(*x.shape[:-1], out.shape[-1]))
+
+
+def _placed(local: torch.Tensor, mesh: DeviceMesh, placements: list[Placement], *, shape: tuple[int, ...]) -> DTensor:
+    stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def local_bias(bias: torch.Tensor | None, mesh: DeviceMesh, *, column_wise: bool) -> torch.Tensor | None:

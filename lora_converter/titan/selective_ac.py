@@ -1,15 +1,16 @@
 """Selective activation checkpointing keeps of a model with adapters what it keeps of the model without.
 
 torchtitan's op-SAC keeps the results of some operators and of every second `aten.mm`, in the order of the forward. An
-adapted linear is one operator of ours (`ops.py`), which that policy does not know: it would recompute all of them. So
-the policy is asked about the base's product instead, which it counts, and keeps or not, as without the adapter.
+adapted or packed linear is one operator of ours (`ops.py`, `packed_ops.py`), which that policy does not know: it would
+recompute all of them. So the policy is asked about the base's product instead, which it counts, and keeps or not, as
+without the adapter.
 """
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-from lora_converter.ops import as_plain_product
+from lora_converter.packed_ops import as_product
 
 
 def count_as_products(create_contexts: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,4 +26,4 @@ def count_as_products(create_contexts: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _asked_about_products(policy: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda ctx, func, *args, **kwargs: policy(ctx, *as_plain_product(func, args), **kwargs)
+    return lambda ctx, func, *args, **kwargs: policy(ctx, *as_product(func, args), **kwargs)

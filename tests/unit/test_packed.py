@@ -76,10 +76,16 @@ def test_nf4_is_bitsandbytes_own_for_any_block(block: torch.Tensor) -> None:
     check_nf4(block.view(1, 64))
 
 
-def test_between_two_values_nf4_takes_bitsandbytes_lower_one() -> None:
-    """As far as bf16 has values there: blocks with a largest of 1, of steps of 1/128."""
-    weight = torch.cat([torch.ones(4, 1), torch.arange(-126, 126).div(128).view(4, 63)], 1).bfloat16()
-    check_nf4(weight)
+def test_nf4_is_bitsandbytes_own_for_any_two_numbers_of_bf16() -> None:
+    """A value over a largest one, of all mantissas of both and down to a 256th."""
+    mantissas = torch.arange(128, 256) / 128
+    values = torch.cat([sign * mantissas * 2.0**-exponent for sign in (1, -1) for exponent in range(9)])
+    rows = values.expand(128, -1).clone()
+    rows[rows.abs() > mantissas.unsqueeze(1)] = 0
+    blocks = rows.unflatten(1, (-1, 48))  # the largest one, 48 others, and zeros
+    check_nf4(
+        torch.nn.functional.pad(torch.cat([mantissas.view(-1, 1, 1).expand(-1, 48, 1), blocks], 2), (0, 15)).flatten(1)
+    )
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -146,6 +152,13 @@ def test_fp8_blocks_are_transformers_own(scale: float, shape: tuple[int, ...]) -
     for dtype in DTYPES:
         expected = Fp8Dequantize(fp8_quantizer())._dequantize_one(theirs, grid, output_dtype=dtype)
         assert torch.equal(FP8.unpack(packed, dtype), expected)
+
+
+def test_fp8_blocks_of_tiny_values_stay_finite() -> None:
+    """Where transformers' factor, 448 over the largest, is inf."""
+    weight = normal(128, 128, scale=1e-38)
+    found = FP8.unpack(FP8.pack(weight), torch.float32)
+    assert (found - weight).abs().max() <= weight.abs().max() / 16
 
 
 @pytest.mark.parametrize("rows", [128, 200, 40])
