@@ -32,6 +32,8 @@ from lora_converter.config import LoRAConfig
 from lora_converter.grouped import grouped_linear, grouped_product
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packed_linear import check_blocks
 from lora_converter.packed_ops import packed_linear
 from lora_converter.tensor_parallel import place_beside, whole_beside
 from lora_converter.tensors import local_indices, local_part
@@ -138,7 +140,13 @@ class LoRAExperts(AdaptedModule):
             delattr(self, name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As `nn.Module`'s. Where a weight is sharded, its factors go with it: plans for the weights know none."""
+        """As `nn.Module`'s. Where a weight is sharded, its factors go with it: plans for the weights know none.
+
+        Raises:
+            ValueError: See `check_blocks`.
+        """
+        if name in self.expert_weights and self.packed_format and param is not None:
+            check_blocks(f"{self.lora_fqn}.{name}", param, form=self.packed_format)
         super().register_parameter(name, param)
         if name in self.expert_weights and isinstance(param, DTensor) and name in self.merged_names():
             for factor, shared_dim in zip(_factor_names(name), (2, 1), strict=True):
@@ -185,7 +193,7 @@ def add_expert_adapters(
     adapted = adapt(experts, kind, config, fqn=fqn, canonical_name=canonical_name)
     for weight in weights:
         base = adapted.get_parameter(weight)
-        count, out_features, in_features = base.shape
+        count, out_features, in_features = _weight_shape(adapted, weight)
         for name, features in zip(_factor_names(weight), (in_features, out_features), strict=True):
             kept = dtype or torch.promote_types(base.dtype, torch.float32)
             factor = torch.empty(count, features, config.rank, device=base.device, dtype=kept)
@@ -210,5 +218,27 @@ def expert_shapes(
     for fqn, module in plain_modules(model):
         kind = type(module) if isinstance(module, LoRAExperts) else classes.get(type(module))
         if kind is not None:
-            found[fqn] = {weight: tuple(module.get_parameter(weight).shape) for weight in kind.expert_weights}
+            found[fqn] = {weight: _weight_shape(module, weight) for weight in kind.expert_weights}
     return found
+
+
+def pack_experts(experts: nn.Module, kind: type[LoRAExperts], *, form: str) -> None:
+    """Packs the weights of an experts module, in place. They are frozen from then on; `kind` alone computes with them.
+
+    Args:
+        experts: Without adapters, on any device; on meta weights get their shapes alone.
+        form: The name of a packed format.
+
+    Raises:
+        ValueError: See `PackedFormat.pack`. The module is then as it was.
+    """
+    assert not isinstance(experts, LoRAExperts)
+    packed = {name: FORMATS[form].pack(experts.get_parameter(name).detach()) for name in kind.expert_weights}
+    for name, value in packed.items():
+        experts.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    vars(experts)["packed_format"] = form
+
+
+def _weight_shape(experts: nn.Module, weight: str) -> tuple[int, ...]:
+    shape, form = tuple(experts.get_parameter(weight).shape), vars(experts).get("packed_format")
+    return FORMATS[form].weight_shape(shape) if form else shape

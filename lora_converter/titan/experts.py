@@ -40,7 +40,7 @@ class TitanExperts(LoRAExperts):
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """x: (rows, dim), sorted by expert, of which the last may be padding -> (rows, dim)."""
-        if not self.is_active:
+        if not self.is_active and not self.packed_format:
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
         if not self.use_grouped_mm:
             return self._one_by_one(x, num_tokens_per_expert.tolist())

@@ -1,4 +1,4 @@
-"""Two ranks: `collectives`, `live`, `trouble`, `remedies`, `no_gradient` and `operation`, one launch for each."""
+"""Two ranks, one launch for each file of checks that is imported here."""
 
 import functools
 from collections.abc import Callable
@@ -9,12 +9,13 @@ import collectives
 import live
 import no_gradient
 import operation
+import packed_layers
 import pytest
 import remedies
 import trouble
 from launch import launch
 
-QUICK, SLOW = (collectives, live, trouble, operation), (remedies, no_gradient)
+QUICK, SLOW = (collectives, live, trouble, operation, packed_layers), (remedies, no_gradient)
 CHECKS = {check: module for module in (*QUICK, *SLOW) for check in module.CHECKS}
 
 
