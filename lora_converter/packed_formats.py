@@ -7,6 +7,7 @@ that rows can be sharded.
 """
 
 import functools
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,16 @@ Tensor = torch.Tensor
 
 class NF4(PackedFormat):
     """The nearest of 16 fixed values, after division by the largest of the block. Between two, the lower one."""
+
+    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
+        if not packed.is_cuda or find_spec("triton") is None:
+            return super().unpack(packed, dtype)
+        from lora_converter.packed_triton import unpack_nf4
+
+        weight = torch.empty(self.weight_shape(packed.shape), dtype=dtype, device=packed.device)
+        blocks, values = packed.flatten(0, -2).contiguous(), _nf4_values(packed.device)
+        unpack_nf4(blocks, values, weight.view(-1, self.block), code_bytes=self.code_bytes)
+        return weight
 
     def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         absmax = blocks.abs().amax(-1)
@@ -112,6 +123,11 @@ _MXFP4_SIZES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 def _middles(values: Tensor) -> Tensor:
     return (values[:-1] + values[1:]) / 2
+
+
+@functools.cache
+def _nf4_values(device: torch.device) -> Tensor:
+    return _NF4_VALUES.to(device)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ FLOORS = [
         "packed",
         "packed_formats",
         "packed_ops",
+        "packed_triton",
         "processes",
         "ranks",
         "swap",
