@@ -53,8 +53,9 @@ class MXFP4(PackedFormat):
         return codes[..., 1::2] << 4 | codes[..., 0::2], (exponent + 127).to(torch.uint8)
 
     def _decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        values = _two_per_byte(codes, _mxfp4_pairs(codes.device))
-        return torch.ldexp(values, scales.int().unsqueeze(-1) - 127)
+        # Half the power times twice the value: the largest power, 2**128, is none of fp32.
+        powers = torch.pow(2.0, scales.int() - 128)
+        return _two_per_byte(codes, _mxfp4_pairs(codes.device)).mul_(powers.unsqueeze(-1))
 
 
 class FP8Blocks(PackedFormat):
@@ -150,5 +151,6 @@ def _mxfp4_bounds(device: torch.device) -> Tensor:
 
 @functools.cache
 def _mxfp4_pairs(device: torch.device) -> Tensor:
-    values = torch.cat([_MXFP4_SIZES, -_MXFP4_SIZES])
+    """Of twice the values."""
+    values = 2 * torch.cat([_MXFP4_SIZES, -_MXFP4_SIZES])
     return torch.stack([values.repeat(16), values.repeat_interleave(16)], -1).to(device)
