@@ -13,8 +13,7 @@ from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_param
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.linear import add_adapter, linears_of
-from lora_converter.names import plain_modules
-from lora_converter.swap import check_forward_is_called
+from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
 
@@ -106,7 +105,7 @@ def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[st
     Raises:
         ValueError: One is named, or none is left.
     """
-    uncalled = {fqn: reader for fqn, reader in _uncalled_linears(model).items() if fqn in targets}
+    uncalled = {fqn: reader for fqn, reader in uncalled_linears(model).items() if fqn in targets}
     named = [p for p in config.target_modules if p != ALL_LINEAR and any(matches(p, fqn) for fqn in uncalled)]
     left = [fqn for fqn in targets if fqn not in uncalled]
     shown = ", ".join(f"{fqn} ({reader})" for fqn, reader in uncalled.items())
@@ -118,22 +117,6 @@ def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[st
     if uncalled:
         logger.info(f"LoRA: left out, since their weights are read without calling them: {shown}.")
     return left
-
-
-def _uncalled_linears(model: nn.Module) -> dict[str, str]:
-    """Linears whose weight is read and which are not called, so that an adapter on them would do nothing -> by whom."""
-    found: dict[str, str] = {}
-    for fqn, module in plain_modules(model):
-        for cls, names in _READ_WEIGHTS.items():
-            if isinstance(module, cls):
-                found |= {f"{fqn}.{name}" if fqn else name: cls.__name__ for name in names}
-    return found
-
-
-_READ_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in evaluation, on its fast path
-}
 
 
 def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str] = ()) -> dict[str, LoRAConfig]:

@@ -1,12 +1,13 @@
 """Which base an adapter belongs to: a fingerprint of the frozen weights that is the same on every layout.
 
 Of each parameter two sums over the bits of its elements as bf16, in whatever order they stand: shards add up, and a
-base stored in fp32 has the fingerprint of one in bf16. One pass over the weights, and one small all-reduce per mesh
-dim that shards them.
+base stored in fp32 has the fingerprint of one in bf16, and a packed one that of what was packed. One pass over the
+weights, and one small all-reduce per mesh dim that shards them.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from lora_converter.adapted import adapter_parameters, reshard
 from lora_converter.names import plain_parameters
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packing import packed_weights
 from lora_converter.tensors import local_part
 
 _ELEMENTS_AT_A_TIME = {"cpu": 2**17, "cuda": 2**20}
@@ -41,24 +44,44 @@ def fingerprint(sums: Sums) -> str:
 
 
 @torch.no_grad()
-def base_sums(model: nn.Module, *, canonical_name: Callable[[str], str] = str) -> Sums:
+def base_sums(
+    model: nn.Module,
+    *,
+    canonical_name: Callable[[str], str] = str,
+    before_packing: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Sums:
     """What the fingerprint is made of, for this model or pipeline stage. On sharded models call it on all ranks.
 
     Args:
         canonical_name: A parameter's name in this model -> its name on any host; the same if left out.
+        before_packing: Plain name of a packed weight -> what `sums_of` found in this rank's part of it before. One that
+            is not named counts as what it stands for.
     """
     reshard(model)
     adapters = {id(param) for param in adapter_parameters(model).values()}
     base = {name: param for name, param in plain_parameters(model) if id(param) not in adapters}
     if not base:
         return {}
-    sums = torch.stack([_sums(local_part(param)) for param in base.values()])
+    forms = {name: form for name, (_, form) in packed_weights(model).items()}
+
+    def own_sums(name: str) -> torch.Tensor:
+        if name in before_packing:
+            return before_packing[name]
+        own = local_part(base[name])
+        return sums_of(FORMATS[forms[name]].unpack(own, torch.bfloat16) if name in forms else own)
+
+    def shape(name: str) -> tuple[int, ...]:
+        own = tuple(base[name].shape)
+        return FORMATS[forms[name]].weight_shape(own) if name in forms else own
+
+    sums = torch.stack([own_sums(name) for name in base])
     _complete(sums, list(base.values()))
-    names = [f"{canonical_name(name)}{tuple(param.shape)}" for name, param in base.items()]
+    names = [f"{canonical_name(name)}{shape(name)}" for name in base]
     return {name: (int(total), int(squares)) for name, (total, squares) in zip(names, sums.tolist(), strict=True)}
 
 
-def _sums(values: torch.Tensor) -> torch.Tensor:
+def sums_of(values: torch.Tensor) -> torch.Tensor:
+    """The two sums of a tensor that is whole or a shard: (2), int64, on its device."""
     found = torch.zeros(2, dtype=torch.int64, device=values.device)
     at_a_time = _ELEMENTS_AT_A_TIME.get(values.device.type, 2**20)
     for part in values.flatten().split(at_a_time):

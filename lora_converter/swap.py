@@ -6,6 +6,8 @@ from typing import Any, TypeVar, cast
 
 import torch.nn as nn
 
+from lora_converter.names import plain_modules
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -67,6 +69,22 @@ def check_forward_is_called(fqn: str, module: nn.Module) -> None:
             f"{fqn} has a forward of its own ({own['forward']!r}), which an adapter would not be reached through. Put "
             "adapters on before it is replaced, or leave the module out."
         )
+
+
+def uncalled_linears(model: nn.Module) -> dict[str, str]:
+    """Linears whose weight is read and which are not called, so that an adapter on them would do nothing -> by whom."""
+    found: dict[str, str] = {}
+    for fqn, module in plain_modules(model):
+        for cls, names in _READ_WEIGHTS.items():
+            if isinstance(module, cls):
+                found |= {f"{fqn}.{name}" if fqn else name: cls.__name__ for name in names}
+    return found
+
+
+_READ_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in evaluation, on its fast path
+}
 
 
 def follow_hook(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 
 def full_tensor(value: torch.Tensor) -> torch.Tensor:
@@ -25,6 +26,17 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
 def local_part(value: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def with_local(own: torch.Tensor, like: DTensor, shape: tuple[int, ...]) -> DTensor:
+    """A tensor of which this rank holds `own`, sharded as another.
+
+    Args:
+        shape: Of the whole tensor, of as many dims as `like`'s placements need.
+    """
+    meta = TensorMeta(torch.Size(shape), torch.empty(shape, device="meta").stride(), own.dtype)
+    # Not by from_local, which does not take the shards of FSDP2 over those of tensor parallelism.
+    return DTensor(own, DTensorSpec(like.device_mesh, like.placements, meta), requires_grad=False)
 
 
 def is_finite(value: torch.Tensor) -> bool:

@@ -32,11 +32,11 @@ from transformers import (
 )
 
 
-def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"]) -> LlamaForCausalLM:
+def tiny_llama(*, seed: int = 0, hidden_size: int = TINY["dim"], intermediate_size: int = 192) -> LlamaForCausalLM:
     """The `tiny` flavor as transformers has it: fp32, grouped-query attention, Llama 3 RoPE scaling."""
     config = LlamaConfig(
         hidden_size=hidden_size,
-        intermediate_size=192,
+        intermediate_size=intermediate_size,
         num_hidden_layers=TINY["n_layers"],
         num_attention_heads=TINY["n_heads"],
         num_key_value_heads=TINY["n_kv_heads"],

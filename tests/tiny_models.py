@@ -8,6 +8,7 @@ from harness import TINY
 from torchtitan.models.deepseek_v3 import DeepSeekV3ModelArgs, deepseekv3_args
 from torchtitan.models.gpt_oss import GptOssModelArgs, gptoss_configs
 from torchtitan.models.gpt_oss.model.model import GptOssModel
+from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 from torchtitan.models.llama4 import TransformerModelArgs as Llama4ModelArgs
 from torchtitan.models.llama4 import llama4_args
 from torchtitan.models.moe import MoEArgs
@@ -65,6 +66,15 @@ gptoss_configs["tiny"] = GptOssModelArgs(
 )
 
 
+WIDE_LLAMA = dict(hidden_size=128, intermediate_size=384)
+"""Of transformers' tiny Llama: columns of whole blocks of 64, two and more."""
+
+llama3_args["tiny_wide"] = TransformerModelArgs(**{**TINY, "dim": 128, "multiple_of": 384})
+qwen3_args["tiny_wide"] = replace(
+    qwen3_args["tiny_loop"], dim=128, head_dim=32, hidden_dim=192, moe_inter_dim=128, n_layers=2
+)
+
+
 class GptOssInFp32(GptOssModel):
     """torchtitan's has its layers in bf16, in which sums in another order are another run."""
 
@@ -75,6 +85,7 @@ class GptOssInFp32(GptOssModel):
 
 register_train_spec("gpt_oss_in_fp32", replace(get_train_spec("gpt_oss"), model_cls=GptOssInFp32))
 
+WIDE = ("--model.flavor=tiny_wide",)
 MODELS = {
     "deepseek_v3": ["--model.name=deepseek_v3"],
     "qwen3": ["--model.name=qwen3"],
@@ -82,12 +93,15 @@ MODELS = {
     "qwen3_moe": ["--model.name=qwen3", "--model.flavor=tiny_moe"],
     "qwen3_loop": ["--model.name=qwen3", "--model.flavor=tiny_loop"],
     "llama4": ["--model.name=llama4"],
+    "qwen3_wide": ["--model.name=qwen3", *WIDE],
     "gpt_oss": ["--model.name=gpt_oss_in_fp32"],
 }
+LLAMAS: dict[str, dict[str, int]] = {"llama3": {}, "llama3_wide": WIDE_LLAMA}
 
 
 def base_options(model: str, bases: Path) -> list[str]:
-    """The Llama's base is a Hugging Face folder, the others' torchtitan's own seed checkpoints."""
-    if model == "llama3":
-        return [f"--checkpoint.initial_load_path={bases}/llama3", "--checkpoint.initial_load_in_hf"]
+    """The Llamas' bases are Hugging Face folders, the others' torchtitan's own seed checkpoints."""
+    if model in LLAMAS:
+        in_hf = [f"--checkpoint.initial_load_path={bases}/{model}", "--checkpoint.initial_load_in_hf"]
+        return [*in_hf, *(WIDE if model == "llama3_wide" else ())]
     return [*MODELS[model], f"--checkpoint.initial_load_path={bases}/{model}/checkpoint/step-0"]

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from lora_converter.dcp.reader import METADATA_FILE, load, read_folder
-from lora_converter.dcp.states import ModelSubset
+from lora_converter.dcp.twins import Twins
 from lora_converter.fit import Misfit
 from lora_converter.ranks import agreed, together, union_over_ranks
 
@@ -63,11 +63,11 @@ class DcpBase:
     """The weights of `base`, as the DCP folder at `path` has them: `check`, then `load`.
 
     Args:
-        base: The model's frozen parameters and buffers, sharded or not.
+        base: The model's frozen parameters and buffers, sharded or not, packed or not.
         option: The setting that names the folder.
     """
 
-    def __init__(self, base: ModelSubset, path: str, option: str):
+    def __init__(self, base: Twins, path: str, option: str):
         self._base, self._path, self._option = base, path, option
 
     def check(self) -> None:
@@ -78,10 +78,13 @@ class DcpBase:
         """
         hint = "For a Hugging Face folder set checkpoint.initial_load_in_hf = true."
         self._stored = stored_in(self._path, self._option, hint=hint)
-        check_fits(self._base.state_dict(), self._stored, f"The base in {self._path}")
+        check_fits(self._base.wanted(), self._stored, f"The base in {self._path}")
 
     def load(self) -> None:
         """Reads everything into the model."""
-        state_dict = self._base.state_dict()
-        load(state_dict, self._path, self._stored)
-        self._base.load_state_dict(state_dict)
+
+        def read() -> None:
+            for part in self._base.parts():
+                load(part, self._path, self._stored, no_dist=True)
+
+        together(read)

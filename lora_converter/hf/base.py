@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_converter.dcp.folder import check_fits
 from lora_converter.dcp.reader import read
-from lora_converter.dcp.states import ModelSubset
+from lora_converter.dcp.twins import Twins
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.naming import HFPart, StateDictAdapter, hf_parts, hf_parts_together
 from lora_converter.hf.pieces import Piece, PieceReader, Whole, blocks_of
@@ -32,25 +32,28 @@ class HuggingFaceBase:
 
     Args:
         adapter: The model's StateDictAdapter.
-        base: The model's frozen parameters and buffers, sharded or not.
+        base: The model's frozen parameters and buffers, sharded or not, packed or not.
         quantized: The folder's weights are quantized, and are read dequantized.
     """
 
-    def __init__(self, adapter: StateDictAdapter, path: str, base: ModelSubset, *, quantized: bool):
+    def __init__(self, adapter: StateDictAdapter, path: str, base: Twins, *, quantized: bool):
         self.adapter, self.path, self._base = adapter, path, base
         self._quantized = quantized
-        self._state_dict = base.state_dict()
+        self._wanted = base.wanted()
         self._parts: dict[str, list[HFPart]] = {}
         self._whole: dict[str, str] = {}
         inseparable: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
-        for name, value in self._state_dict.items():
+        for name, value in self._wanted.items():
             if isinstance(value, torch.Tensor) and value.ndim and not self._sort(name, value):
                 inseparable[name.rpartition(".")[0]][name] = tuple(value.shape)
         for shapes in inseparable.values():
             with suppress(ValueError):  # it is left to the adapter
                 self._parts |= hf_parts_together(adapter, shapes)
-        others = {n: v for n, v in self._state_dict.items() if n not in self._parts and n not in self._whole}
-        self._renamed = adapter.to_hf(others)
+        self._renamed = self._others_renamed(self._wanted)
+
+    def _others_renamed(self, entries: dict[str, Any]) -> dict[str, Any]:
+        """What the adapter makes of those that are not read in pieces."""
+        return self.adapter.to_hf({n: v for n, v in entries.items() if n not in self._parts and n not in self._whole})
 
     def _sort(self, name: str, value: torch.Tensor) -> bool:
         """Asks the adapter what becomes of a weight, first with one without data. False if it fails."""
@@ -77,23 +80,30 @@ class HuggingFaceBase:
         """
         parts = [part for parts in self._parts.values() for part in parts]
         wanted = {part.name: torch.empty(part.shape, device="meta") for part in parts}
-        wanted |= {hf_name: self._state_dict[name] for name, hf_name in self._whole.items()}
+        wanted |= {hf_name: self._wanted[name] for name, hf_name in self._whole.items()}
         self._reader = together(self._open)
         stored = together(lambda: self._reader.read_metadata())
         check_fits({**self._renamed, **wanted}, stored, f"The base in {self.path}")
 
     def load(self) -> None:
         """Reads into the model what this rank holds of it."""
-        together(lambda: read(self._renamed, self.path, self._reader, PieceReader(self._pieces()), no_dist=True))
-        self._base.load_state_dict(self.adapter.from_hf(self._renamed))
 
-    def _pieces(self) -> Iterator[Piece]:
-        for name, parts in self._parts.items():
-            for part in parts:
-                yield from blocks_of(part, self._state_dict[name])
-        for name, hf_name in self._whole.items():
-            value = self._state_dict[name]
-            yield Whole(hf_name, (0,) * value.ndim, tuple(value.shape), value, name, self.adapter)
+        def read_parts() -> None:
+            for part in self._base.parts():
+                renamed = self._others_renamed(part)
+                read(renamed, self.path, self._reader, PieceReader(self._pieces(part)), no_dist=True)
+                for name, value in self.adapter.from_hf(renamed).items():
+                    if name in part and value is not part[name]:
+                        part[name].copy_(value)
+
+        together(read_parts)
+
+    def _pieces(self, entries: dict[str, Any]) -> Iterator[Piece]:
+        for name, value in entries.items():
+            for part in self._parts.get(name, ()):
+                yield from blocks_of(part, value)
+            if hf_name := self._whole.get(name):
+                yield Whole(hf_name, (0,) * value.ndim, tuple(value.shape), value, name, self.adapter)
 
     def _open(self) -> StorageReader:
         """The host's reader, for the files that are the model's alone: it would read whatever lies in the folder."""

@@ -20,11 +20,11 @@ from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.ranks import agreed, together, union_over_ranks
+from lora_converter.run.base_identity import check_same_base, check_same_format
 from lora_converter.run.description import (
     DESCRIPTION,
     Description,
     adapters_in,
-    check_same_base,
     check_same_run,
 )
 from lora_converter.run.model import RunModel
@@ -141,6 +141,10 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
     there, foreign = adapters_in(step.stored, model.kinds, model.base_names(), ours=model.adapter_names())
     here, experts = model.adapted_fqns(), model.expert_shapes()
+    if described is not None:
+        config = model.host.job.config
+        there_format = described.base_format
+        check_same_format(f"{step.path}", there_format, config.base_format, accept=config.accept_other_base)
     return check_same_run(
         f"{step.path}", described, model.description, there=there, here=here, experts=experts, foreign=foreign
     )

@@ -43,6 +43,7 @@ class Description:
     Attributes:
         base: Where the base weights came from; empty if the step holds them itself.
         base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
+        base_format: What they were packed as then, `lora.base_format`.
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
         data: What the batches were made of, option -> value; empty in steps of older versions.
@@ -55,13 +56,23 @@ class Description:
     base_fingerprint: str = ""
     custom_import: str = ""
     data: dict[str, Any] = field(default_factory=dict)
+    base_format: str = ""
 
     @staticmethod
     def of_job(job: Job, base_fingerprint: str) -> "Description":
         """That of a job's steps."""
         lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
         base = job.base.path if job.base else ""
-        return Description(job.model, job.flavor, base, lora, base_fingerprint, job.custom_import, job.data)
+        return Description(
+            job.model,
+            job.flavor,
+            base,
+            lora,
+            base_fingerprint,
+            custom_import=job.custom_import,
+            data=job.data,
+            base_format=job.config.base_format,
+        )
 
     @staticmethod
     def read(folder: str | Path) -> "Description | None":
@@ -200,23 +211,3 @@ def check_same_run(
             f"{path} was trained with other settings: {'; '.join(found)}. Use its settings, or start anew."
         )
     return step.base_fingerprint
-
-
-def check_same_base(path: str, recorded: str, base: str, found: str, *, accept: bool) -> None:
-    """Refuses adapters that were trained on another base than the one that is loaded.
-
-    Args:
-        recorded: Fingerprint of the base of the adapters in `path`; empty if not known.
-        base: Where the base was loaded from.
-        found: Its fingerprint; empty if there is none.
-        accept: Only warn.
-
-    Raises:
-        ValueError: They differ.
-    """
-    if recorded in ("", found) or not found:
-        return
-    both = f"{path} was trained on a base with fingerprint {recorded}; that of {base} is {found}."
-    if not accept:
-        raise ValueError(f"{both} Name the base it was trained on, or set lora.accept_other_base = true.")
-    logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")

@@ -10,6 +10,9 @@ import torch
 
 from lora_converter.config import LoRAConfig
 
+BASE_FORMATS = ("", "nf4", "as-released")
+"""What frozen weights may be packed as; the first is not at all."""
+
 
 @dataclass
 class RunConfig(LoRAConfig):
@@ -35,6 +38,12 @@ class RunConfig(LoRAConfig):
     step-N. Needs checkpoint.last_save_in_hf and a base in Hugging Face's format.
     """
 
+    base_format: str = ""
+    """
+    Keep the frozen weights of linears and experts packed: "nf4" (4.25 bits a weight, bitsandbytes' NF4), "as-released"
+    (as the Hugging Face folder has them: MXFP4, fp8 in blocks, NF4), or "" (in the dtype they are computed in).
+    """
+
     loss_chunk_tokens: int = -1
     """
     The loss takes a frozen output head this many tokens at a time, and logits of all tokens never exist. -1 chooses by
@@ -47,6 +56,9 @@ class RunConfig(LoRAConfig):
         for name in ("accept_other_base", "save_merged"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
+        if self.base_format not in BASE_FORMATS:
+            allowed = ", ".join(map(repr, BASE_FORMATS))
+            raise ValueError(f"lora.base_format = {self.base_format!r}: must be one of {allowed}.")
         chunk = self.loss_chunk_tokens
         if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < -1:
             raise ValueError(f"lora.loss_chunk_tokens = {chunk!r}: must be a number of tokens, 0 or -1.")

@@ -1,6 +1,8 @@
 """The model of a run in its two parts: the base, which comes from somewhere, and the adapters, which are trained."""
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -8,9 +10,11 @@ import torch.distributed as dist
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
+from lora_converter.dcp.twins import Twins
 from lora_converter.experts import expert_shapes
-from lora_converter.fingerprint import base_sums, fingerprint
+from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.packing import packed_weights
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
@@ -72,10 +76,20 @@ class RunModel:
         """Kinds of adapters that this run knows by their parameters' names."""
         return {LoRALinear, *(_kind(module) for module in self.adapted)}
 
-    def take_fingerprint(self) -> None:
-        """Of the base that has been loaded: that of all pipeline stages. A collective."""
-        name = self.host.canonical_name
-        sums = {key: found for part in self.parts for key, found in base_sums(part, canonical_name=name).items()}
+    def twins(self) -> Twins:
+        """The base, to be read into."""
+        formats = {name: form for part in self.parts for name, (_, form) in packed_weights(part).items()}
+        return Twins(self.base, formats)
+
+    def take_fingerprint(self, before_packing: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
+        """Of the base that has been loaded: that of all pipeline stages. A collective.
+
+        Args:
+            before_packing: What packed weights were (see `base_sums`).
+        """
+        name, sums = self.host.canonical_name, Sums()
+        for part in self.parts:
+            sums |= base_sums(part, canonical_name=name, before_packing=before_packing)
         if "pp" in self.host.meshes:
             sums = merged_over_ranks(sums)
         self.base_fingerprint = agreed(fingerprint(sums), "The fingerprint of the base")

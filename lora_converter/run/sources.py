@@ -51,14 +51,15 @@ class BaseSource:
         self._seconds = {"read": 0.0, "checks": 0.0}
         base, adapter = model.host.job.base, model.host.state_dict_adapter
         assert base is not None
-        self._path = base.path
+        self._path, twins = base.path, model.twins()
+        self._twins = twins
         if base.format == "dcp":
-            self._folder: Source = DcpBase(model.base, base.path, BASE_OPTION)
+            self._folder: Source = DcpBase(twins, base.path, BASE_OPTION)
         elif adapter is None:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         else:
             with self._timed("checks"):
-                self._folder = HuggingFaceBase(adapter, base.path, model.base, quantized=base.quantized)
+                self._folder = HuggingFaceBase(adapter, base.path, twins, quantized=base.quantized)
 
     def check(self) -> None:
         """Compares keys and shapes."""
@@ -71,7 +72,7 @@ class BaseSource:
         with self._timed("read"):
             self._folder.load()
         with self._timed("checks"):
-            self._model.take_fingerprint()
+            self._model.take_fingerprint(self._twins.sums)
         size = sum(local_part(value).nbytes for value in self._model.base.state_dict().values())
         logger.info(
             f"LoRA: base read in {self._seconds['read']:.1f} s ({size / 1e9:.2g} GB on this rank), "

@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 from lora_converter.ranks import agreed_options
 from lora_converter.run.description import PARTS
 from lora_converter.titan.job import CHAT, base_of, full_phase_result
+from lora_converter.titan.packed_base import wrong_with_packed_base
 
 MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "
@@ -84,7 +85,8 @@ def check_settings(job_config: Any) -> None:
     Raises:
         ValueError: What was set, and what to do.
     """
-    for refused in (*_wrong_folders(job_config), *_wrong_training(job_config), *_wrong_results(job_config)):
+    wrong = (_wrong_folders, wrong_with_packed_base, _wrong_training, _wrong_results)
+    for refused in (problem for find in wrong for problem in find(job_config)):
         raise ValueError(refused)
 
 

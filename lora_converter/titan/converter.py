@@ -45,6 +45,7 @@ from lora_converter.titan.job import job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
+from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
 
@@ -81,6 +82,8 @@ class LoRAConverter:
 
                 freeze_float8_linears(model)
             job = job_of(job_config)
+            if job.config.base_format:
+                pack_base(model, job.config.base_format)
             adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES)
             if job.exports_peft:
                 check_peft_forms(adapted)

@@ -31,7 +31,7 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_di
     elif not parallel_dims.fsdp_enabled:
         params -= {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
     for param in params:
-        if type(param.data) is torch.Tensor and param.dtype.itemsize > dtype.itemsize:
+        if type(param.data) is torch.Tensor and param.is_floating_point() and param.dtype.itemsize > dtype.itemsize:
             param.data = param.data.to(dtype)
 
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lora_converter.dcp.states import ModelSubset
+from lora_converter.dcp.twins import Twins
 from lora_converter.hf.base import HuggingFaceBase
 from lora_converter.ranks import on_first_rank
 from lora_converter.tensors import full_tensor, local_part
@@ -155,7 +156,8 @@ def whatever_an_adapter_does(folder: Path) -> None:
             fits = placement is not None and (not placement.is_shard() or placement.dim < value.ndim)
             zeros = torch.zeros_like(value)
             model[name] = distribute_tensor(zeros, mesh, [placement if fits else Replicate()]) if placement else zeros
-        base = HuggingFaceBase(Adapter(), str(folder), subset := ModelSubset([model]), quantized=False)
+        subset = ModelSubset([model])
+        base = HuggingFaceBase(Adapter(), str(folder), Twins(subset, {}), quantized=False)
         with torch.no_grad(), counted() as read:
             base.check()
             base.load()

@@ -5,14 +5,15 @@ import torch
 from harness import build
 from hf_models import save_tiny_llama
 from parity import ALL_ROWS, Row, train_row
-from tiny_models import MODELS
+from tiny_models import LLAMAS, MODELS
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The bases, and beside them the run of one rank of every job that a row that is asked for compares with."""
     folder = tmp_path_factory.mktemp("parity")
-    save_tiny_llama(folder / "llama3")
+    for name, sizes in LLAMAS.items():
+        save_tiny_llama(folder / name, **sizes)
     for model, options in MODELS.items():
         seed = build(folder / model, *options, "--checkpoint.initial_load_path=", "--checkpoint.create_seed_checkpoint")
         seed.trainer.checkpointer.save(curr_step=0, last_step=True)

@@ -107,6 +107,8 @@ DROPOUT = ("--lora.dropout=0.2",)
 PATTERNS = ("--lora.rank_pattern", "wq", "3", "layers.1.feed_forward.*", "6", "--lora.alpha_pattern", "w2", "5.0")
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
 EXPERTS_TOO = ("--lora.target_modules=all-linear,experts", "--lora.expert_rank=3")
+PACKED = ("--lora.base_format=nf4",)
+PACKED_EXPERTS = (*PACKED, *EXPERTS_TOO)
 EXPERTS_ALONE = ("--lora.target_modules=*.experts.w1,*.experts.w2",)
 VARIANTS = {
     "rank 3 and the output head, TP2": row(2, TP2, job=("--lora.rank=3", *HEAD_TOO)),
@@ -169,6 +171,29 @@ VARIANTS = {
     "experts of gpt_oss, TP2": row(2, TP2, model="gpt_oss", job=EXPERTS_TOO),
     "experts of gpt_oss, TP2 x FSDP2": row(4, TP2, FSDP2, model="gpt_oss", job=EXPERTS_TOO),
     "experts of gpt_oss, EP4 x FSDP2 by features": row(8, FSDP8, EP4, model="gpt_oss", job=EXPERTS_TOO),
+    "packed, FSDP2": row(2, FSDP2, model="llama3_wide", job=PACKED),
+    "packed, DDP2": row(2, DDP2, model="llama3_wide", job=PACKED),
+    "packed, TP2": row(2, TP2, model="llama3_wide", job=PACKED),
+    "packed, PP2": row(2, PP2, model="llama3_wide", job=PACKED),
+    "packed, PP2 interleaved": row(2, PP2, INTERLEAVED, model="llama3_wide", job=PACKED),
+    "packed, CP2": row(2, CP2, model="llama3_wide", job=PACKED),
+    "packed, HSDP 2x2": row(4, REPLICATE2, FSDP2, model="llama3_wide", job=PACKED),
+    "packed, TP2 x FSDP2": row(4, TP2, FSDP2, model="llama3_wide", job=PACKED),
+    "packed, CP2 x TP2": row(4, CP2, TP2, model="llama3_wide", job=PACKED),
+    "packed, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, model="llama3_wide", job=PACKED),
+    "packed, PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2, model="llama3_wide", job=PACKED),
+    "packed and full AC, TP2": row(2, TP2, FULL_AC, model="llama3_wide", job=PACKED),
+    "packed and selective AC by op, FSDP2": row(2, FSDP2, OP_SAC, model="llama3_wide", job=PACKED),
+    "packed, CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"], model="llama3_wide", job=PACKED),
+    "packed experts, FSDP2": row(2, FSDP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, EP2": row(2, FSDP2, EP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, TP2": row(2, TP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, PP2": row(2, PP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, CP2": row(2, CP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, EP2 x FSDP2": row(4, FSDP4, EP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, EP4 x FSDP2 by features": row(8, FSDP8, EP4, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts without adapters, EP2": row(2, FSDP2, EP2, model="qwen3_wide", job=PACKED),
+    "packed experts without adapters, TP2": row(2, TP2, model="qwen3_wide", job=PACKED),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
     "experts and selective AC by op, TP2": row(2, TP2, OP_SAC, model="qwen3_loop", job=EXPERTS_TOO),
 }

@@ -38,6 +38,7 @@ FLOORS = [
     {"adapted", "chat", "shared"},
     {"tensor_parallel"},
     {"experts", "linear", "packed_linear"},
+    {"packing"},
     {"adapters", "fingerprint", "increments", "state_dict", "switching"},
     {"dcp"},
     {"hf"},

@@ -1,0 +1,102 @@
+"""How a base gets into a model whose weights are packed: through dense twins of few weights at a time.
+
+A packed weight (out, blocks, bytes) has a twin (out, in), bf16, sharded as it is. Whoever reads a base, from whatever
+folder, reads into twins as into the weights of a model that is not packed; then each rank packs its own part, and the
+twins are gone before those of the next layers are made. The dense model never exists.
+
+A twin is what the base was before it was packed, so it is also where its fingerprint comes from.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from lora_converter.dcp.states import ModelSubset
+from lora_converter.fingerprint import sums_of
+from lora_converter.packed_formats import FORMATS
+from lora_converter.tensors import local_part, with_local
+
+_AT_A_TIME = 2**30
+"""Bytes of twins on a rank, or those of one module."""
+
+
+class Twins:
+    """The base of a model as it is read: `wanted`, then `parts`, each of which is filled before the next is asked for.
+
+    Args:
+        base: The model's frozen parameters and buffers, sharded or not.
+        packed: Which of them are packed -> their format.
+
+    Attributes:
+        sums: Of each packed weight that has been filled, what this rank adds to the fingerprint.
+    """
+
+    def __init__(self, base: ModelSubset, packed: Mapping[str, str]):
+        self._base, self._packed = base, packed
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def wanted(self) -> dict[str, Any]:
+        """The entries of the base; those that are packed as twins without data."""
+        twins = {name: twin_of(self._value(name), form, device="meta") for name, form in self._packed.items()}
+        return self._base.state_dict() | twins
+
+    def parts(self) -> Iterator[dict[str, Any]]:
+        """The entries with data, those of few modules at a time."""
+        for names in self._groups():
+            part = {name: self._value(name) for name in names}
+            twins = {name: twin_of(part[name], self._packed[name]) for name in names if name in self._packed}
+            yield part | twins
+            for name, twin in twins.items():
+                self._pack(name, local_part(twin))
+        self._base.load_state_dict({name: v for name, v in self._base.state_dict().items() if name not in self._packed})
+
+    def _value(self, name: str) -> Any:
+        return self._base.state_dict()[name]
+
+    @torch.no_grad()
+    def _pack(self, name: str, own: torch.Tensor) -> None:
+        self.sums[name] = sums_of(own)
+        try:
+            local_part(self._value(name)).copy_(FORMATS[self._packed[name]].pack(own))
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from None
+
+    def _groups(self) -> Iterator[list[str]]:
+        """Names in the base's order: those of a module together, as some are stored together."""
+        modules: dict[str, list[str]] = {}
+        for name in self._base.state_dict():
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        group: list[str] = []
+        size = 0
+        for names in modules.values():
+            own = sum(_twin_bytes(self._value(name), self._packed[name]) for name in names if name in self._packed)
+            if size + own > _AT_A_TIME and group:
+                yield group
+                group, size = [], 0
+            group, size = group + names, size + own
+        yield group
+
+
+def twin_of(packed: torch.Tensor, form: str, *, device: torch.device | str | None = None) -> torch.Tensor:
+    """An empty dense tensor, bf16, that is sharded as a packed one.
+
+    Args:
+        packed: (..., out, blocks, bytes), sharded along experts, rows or blocks.
+        device: The packed tensor's if left out.
+
+    Returns:
+        (..., out, in).
+    """
+    dense = FORMATS[form].weight_shape
+    own = local_part(packed)
+    local = torch.empty(dense(own.shape), dtype=torch.bfloat16, device=device or own.device)
+    if not isinstance(packed, DTensor):
+        return local
+    return with_local(local, packed, dense(packed.shape))
+
+
+def _twin_bytes(packed: torch.Tensor, form: str) -> int:
+    return 2 * math.prod(FORMATS[form].weight_shape(local_part(packed).shape))

@@ -1,0 +1,74 @@
+"""`lora.base_format` on torchtitan: what it does not go with, and the packing of a model before it gets adapters."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn as nn
+from torchtitan.tools.logging import logger
+
+from lora_converter.figures import short
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packing import Packing, pack_model, packable, packed_weights_as_floats
+from lora_converter.titan.experts import EXPERT_CLASSES
+from lora_converter.titan.job import base_of
+
+
+def wrong_with_packed_base(job_config: Any) -> Iterator[str]:
+    """Settings that a packed base cannot be had with: what was set, and what to do."""
+    form, lora = job_config.lora.base_format, job_config.lora
+    if not form:
+        return
+    option, base = f"lora.base_format = {form!r}", base_of(job_config)
+    if base is None:
+        yield (
+            f"{option}: a random base cannot be packed, since every checkpoint would have to store it. Set "
+            "checkpoint.initial_load_path to a pretrained base, or leave base_format out."
+        )
+    if lora.full_phase.steps > 0:
+        yield (
+            f"{option} with lora.full_phase.steps = {lora.full_phase.steps}: it trains every weight, and packed "
+            "ones cannot. Train the phase as a job of its own, and set its result as the base of this one."
+        )
+    if quantizers := [name for name in job_config.model.converters if name.startswith("quantize.")]:
+        yield (
+            f"{option} with {', '.join(quantizers)} in model.converters: both say how frozen weights are stored. Leave "
+            "out one of them."
+        )
+    if form == "as-released" and base is not None and base.format != "hf":
+        yield (
+            f"{option} keeps the format of a Hugging Face folder, and {base.path} is read as a DCP folder. Set "
+            'checkpoint.initial_load_in_hf = true, or base_format = "nf4".'
+        )
+
+
+def pack_base(model: nn.Module, form: str) -> None:
+    """Packs the weights of a model on the meta device, before it gets adapters."""
+    formats = dict.fromkeys(packable(model, EXPERT_CLASSES), form)
+    logger.info(_describe(pack_model(model, formats, expert_classes=EXPERT_CLASSES)))
+
+
+def shard_packed_experts(distribute_module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Shards modules of packed experts as others."""
+
+    @functools.wraps(distribute_module)
+    def sharded(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        with packed_weights_as_floats(module):
+            return distribute_module(module, *args, **kwargs)
+
+    return sharded
+
+
+def _describe(done: Packing) -> str:
+    counts = {form: sum(1 for other in done.packed.values() if other == form) for form in done.packed.values()}
+    packed = " and ".join(
+        f"{count} weights packed as {form} ({_bits(form):.3g} bits each)" for form, count in counts.items()
+    )
+    left = ", ".join(f"{name} ({columns} columns)" for name, columns in done.left.items())
+    return f"LoRA: {packed or 'no weight packed'}, {short(done.saved)} bytes less than in bf16." + (
+        f" Not packed, since their columns are no whole number of blocks: {left}." if left else ""
+    )
+
+
+def _bits(form: str) -> float:
+    return 8 * FORMATS[form].block_bytes / FORMATS[form].block
