@@ -31,7 +31,8 @@ class Packing:
 
     Attributes:
         packed: Plain name of each packed weight -> its format.
-        left: Weights that stay as they are for their number of columns -> that number.
+        left: Weights that stay as they are, since their columns are no whole number of blocks, or those of their
+            experts' other weights -> their columns.
         saved: Bytes less than in bf16, of the whole model.
     """
 
@@ -66,16 +67,13 @@ def pack_model(
         ValueError: A linear has a product of its own, or is never reached through its class. The model is then as it
             was.
     """
-    shapes = packable(model, expert_classes)
+    shapes, experts = packable(model, expert_classes), experts_of(model, expert_classes)
     left = {name: shapes[name][-1] for name, form in formats.items() if not FORMATS[form].fits(shapes[name][-1])}
-    experts = experts_of(model, expert_classes)
-    left |= {
-        f"{fqn}.{name}": shapes[f"{fqn}.{name}"][-1]
-        for fqn, (_, kind) in experts.items()
-        for name in kind.expert_weights
-        if any(f"{fqn}.{other}" in left for other in kind.expert_weights)
-    }
     packed = {name: form for name, form in formats.items() if name not in left}
+    for fqn, (_, kind) in experts.items():
+        own = [f"{fqn}.{weight}" for weight in kind.expert_weights]
+        if len({packed.get(name) for name in own}) > 1:  # all of them in one format, or none
+            left |= {name: shapes[name][-1] for name in own if packed.pop(name, "")}
     linears = {fqn: linear for fqn, linear in linears_of(model).items() if f"{fqn}.weight" in packed}
     for fqn, linear in linears.items():
         check_forward_is_called(fqn, linear)
@@ -88,9 +86,7 @@ def pack_model(
         assert isinstance(linear, nn.Linear)
         pack_linear(linear, form=packed[f"{fqn}.weight"], fqn=fqn)
     for fqn, (module, kind) in experts.items():
-        own = {packed[name] for name in (f"{fqn}.{weight}" for weight in kind.expert_weights) if name in packed}
-        if own:
-            (form,) = own
+        if form := packed.get(f"{fqn}.{kind.expert_weights[0]}"):
             pack_experts(module, kind, form=form)
     saved = sum(
         2 * math.prod(shapes[name]) - math.prod(FORMATS[form].packed_shape(shapes[name]))

@@ -39,6 +39,15 @@ def on_first_rank(write: Callable[[], None]) -> None:
     together(lambda: write() if is_first_rank() else None)
 
 
+def from_first_rank(find: Callable[[], T]) -> T:
+    """What rank 0 finds, on all ranks, which raise what it raises (see `together`)."""
+    found: Any = [together(lambda: find() if is_first_rank() else None)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    result: T = found[0]
+    return result
+
+
 def agreed(value: T, what: str) -> T:
     """Returns `value` if it is the same on all ranks.
 

@@ -73,6 +73,12 @@ llama3_args["tiny_wide"] = TransformerModelArgs(**{**TINY, "dim": 128, "multiple
 qwen3_args["tiny_wide"] = replace(
     qwen3_args["tiny_loop"], dim=128, head_dim=32, hidden_dim=192, moe_inter_dim=128, n_layers=2
 )
+deepseekv3_args["tiny_wide"] = replace(
+    deepseekv3_args["tiny"],
+    **dict(dim=128, inter_dim=256, moe_inter_dim=128, n_layers=2, q_lora_rank=128, kv_lora_rank=128, v_head_dim=32),
+    moe_args=replace(deepseekv3_args["tiny"].moe_args, use_grouped_mm=False),
+)
+gptoss_configs["tiny_wide"] = replace(gptoss_configs["tiny"], moe_inter_dim=64)
 
 
 class GptOssInFp32(GptOssModel):

@@ -28,39 +28,46 @@ class Twins:
 
     Args:
         base: The model's frozen parameters and buffers, sharded or not.
-        packed: Which of them are packed -> their format.
+        formats: Which of them are packed -> their format.
 
     Attributes:
+        stored_packed: Packed weights that the folder has as they are; these have no twins.
         sums: Of each packed weight that has been filled, what this rank adds to the fingerprint.
     """
 
-    def __init__(self, base: ModelSubset, packed: Mapping[str, str]):
-        self._base, self._packed = base, packed
+    def __init__(self, base: ModelSubset, formats: Mapping[str, str]):
+        self._base, self.formats = base, formats
+        self.stored_packed: set[str] = set()
         self.sums: dict[str, torch.Tensor] = {}
 
     def wanted(self) -> dict[str, Any]:
         """The entries of the base; those that are packed as twins without data."""
-        twins = {name: twin_of(self._value(name), form, device="meta") for name, form in self._packed.items()}
+        twins = {name: twin_of(self._value(name), form, device="meta") for name, form in self.formats.items()}
         return self._base.state_dict() | twins
 
     def parts(self) -> Iterator[dict[str, Any]]:
         """The entries with data, those of few modules at a time."""
         for names in self._groups():
             part = {name: self._value(name) for name in names}
-            twins = {name: twin_of(part[name], self._packed[name]) for name in names if name in self._packed}
+            packed = [name for name in names if name in self.formats]
+            twins = {name: twin_of(part[name], self.formats[name]) for name in packed if name not in self.stored_packed}
             yield part | twins
-            for name, twin in twins.items():
-                self._pack(name, local_part(twin))
-        self._base.load_state_dict({name: v for name, v in self._base.state_dict().items() if name not in self._packed})
+            for name in packed:
+                self._finish(name, twins.get(name))
+        self._base.load_state_dict({name: v for name, v in self._base.state_dict().items() if name not in self.formats})
 
     def _value(self, name: str) -> Any:
         return self._base.state_dict()[name]
 
     @torch.no_grad()
-    def _pack(self, name: str, own: torch.Tensor) -> None:
-        self.sums[name] = sums_of(own)
+    def _finish(self, name: str, twin: torch.Tensor | None) -> None:
+        form, packed = FORMATS[self.formats[name]], local_part(self._value(name))
+        if twin is None:
+            self.sums[name] = sums_of(form.unpack(packed, torch.bfloat16))
+            return
+        self.sums[name] = sums_of(own := local_part(twin))
         try:
-            local_part(self._value(name)).copy_(FORMATS[self._packed[name]].pack(own))
+            packed.copy_(form.pack(own))
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
 
@@ -72,7 +79,7 @@ class Twins:
         group: list[str] = []
         size = 0
         for names in modules.values():
-            own = sum(_twin_bytes(self._value(name), self._packed[name]) for name in names if name in self._packed)
+            own = sum(_twin_bytes(self._value(name), self.formats[name]) for name in names if name in self.formats)
             if size + own > _AT_A_TIME and group:
                 yield group
                 group, size = [], 0

@@ -23,7 +23,9 @@ from lora_converter.dcp.reader import read
 from lora_converter.dcp.twins import Twins
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.naming import HFPart, StateDictAdapter, hf_parts, hf_parts_together
-from lora_converter.hf.pieces import Piece, PieceReader, Whole, blocks_of
+from lora_converter.hf.pieces import Piece, PieceReader, Whole, blocks_of, packed_blocks_of
+from lora_converter.hf.quantized import packed_parts, quantization_everywhere
+from lora_converter.packed_formats import FORMATS
 from lora_converter.ranks import together
 
 
@@ -33,23 +35,35 @@ class HuggingFaceBase:
     Args:
         adapter: The model's StateDictAdapter.
         base: The model's frozen parameters and buffers, sharded or not, packed or not.
-        quantized: The folder's weights are quantized, and are read dequantized.
+        quantized: The folder's weights are quantized in a way of the host's, and are read dequantized by its reader.
     """
 
     def __init__(self, adapter: StateDictAdapter, path: str, base: Twins, *, quantized: bool):
         self.adapter, self.path, self._base = adapter, path, base
-        self._quantized = quantized
+        self._quantized, self._folder = quantized, quantization_everywhere(path)
         self._wanted = base.wanted()
         self._parts: dict[str, list[HFPart]] = {}
         self._whole: dict[str, str] = {}
+        base.stored_packed |= set(self._find_packed())
         inseparable: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
         for name, value in self._wanted.items():
+            if name in base.stored_packed:
+                continue
             if isinstance(value, torch.Tensor) and value.ndim and not self._sort(name, value):
                 inseparable[name.rpartition(".")[0]][name] = tuple(value.shape)
         for shapes in inseparable.values():
             with suppress(ValueError):  # it is left to the adapter
                 self._parts |= hf_parts_together(adapter, shapes)
         self._renamed = self._others_renamed(self._wanted)
+
+    def _find_packed(self) -> Iterator[str]:
+        """Packed weights that the folder has packed so: their parts are known then."""
+        stored = self._folder.formats if self._folder else {}
+        for name, form in self._base.formats.items() if stored else ():
+            parts = packed_parts(self.adapter, name, tuple(self._wanted[name].shape), stored)
+            if parts and stored[parts[0].name] == form:
+                self._parts[name] = parts
+                yield name
 
     def _others_renamed(self, entries: dict[str, Any]) -> dict[str, Any]:
         """What the adapter makes of those that are not read in pieces."""
@@ -101,17 +115,20 @@ class HuggingFaceBase:
     def _pieces(self, entries: dict[str, Any]) -> Iterator[Piece]:
         for name, value in entries.items():
             for part in self._parts.get(name, ()):
-                yield from blocks_of(part, value)
+                if name in self._base.stored_packed:
+                    yield from packed_blocks_of(part, self._wanted[name], value, FORMATS[self._base.formats[name]])
+                else:
+                    yield from blocks_of(part, value)
             if hf_name := self._whole.get(name):
                 yield Whole(hf_name, (0,) * value.ndim, tuple(value.shape), value, name, self.adapter)
 
     def _open(self) -> StorageReader:
         """The host's reader, for the files that are the model's alone: it would read whatever lies in the folder."""
         shards = {path.name for path in open_model(self.path).shards}
-        reader = self.adapter.get_hf_storage_reader(self.path, self._quantized)
+        reader = self.adapter.get_hf_storage_reader(self.path, self._quantized and not self._folder)
         reader.fs = _Only(reader.fs, shards)
         reader.read_metadata = functools.cache(reader.read_metadata)  # the headers of all files
-        return reader
+        return self._folder.reader(reader) if self._folder else reader
 
 
 class _Only:

@@ -22,6 +22,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.tensor import DTensor
 
 from lora_converter.hf.naming import HFPart, StateDictAdapter
+from lora_converter.hf.quantized_reader import PACKED
+from lora_converter.packed import PackedFormat
 from lora_converter.tensors import copy_full_, local_part
 
 
@@ -101,6 +103,25 @@ def blocks_of(part: HFPart, value: torch.Tensor) -> Iterator[Block]:
                 offsets[dim], lengths[dim] = first, length
         places = tuple(place for *_, place in chosen)
         yield Block(part.name, tuple(offsets), tuple(lengths), local_part(value), tuple(order), places)
+
+
+def packed_blocks_of(part: HFPart, dense: torch.Tensor, packed: torch.Tensor, form: PackedFormat) -> Iterator[Block]:
+    """What this rank's part of `packed` needs of a weight that is stored packed, too, and whose columns are its own.
+
+    Args:
+        dense: What it stands for, sharded likewise.
+    """
+    for block in blocks_of(part, dense):
+        (*places, columns), size = block.places, form.block
+        assert isinstance(columns, slice)
+        yield Block(
+            part.name + PACKED,
+            (*block.offsets[:-1], block.offsets[-1] // size, 0),
+            (*block.sizes[:-1], block.sizes[-1] // size, form.block_bytes),
+            local_part(packed),
+            (*block.order, len(block.order)),
+            (*places, slice(columns.start // size, columns.stop // size), slice(0, form.block_bytes)),
+        )
 
 
 def _runs(

@@ -8,6 +8,7 @@ taken for weights.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch.distributed.checkpoint import StorageReader
 
 from lora_converter.hf.folder import open_model
+from lora_converter.hf.naming import HFPart, StateDictAdapter, hf_parts
 from lora_converter.hf.quantized_reader import QuantizedReader
 from lora_converter.hf.quantized_schemes import SCHEMES
 from lora_converter.hf.quantized_weights import Files, NF4Weight, QuantizedWeight
+from lora_converter.ranks import from_first_rank
 
 _UNREAD = {
     r".*\.quant_state\.bitsandbytes__fp4": "bitsandbytes fp4",
@@ -96,6 +99,32 @@ def quantization_of(path: str | Path) -> QuantizedFolder | None:
                 parts = frozenset(part for name in weights for part in scheme.parts(name))
                 return QuantizedFolder(scheme.name, _exact(weights, files), parts)
     return None
+
+
+def quantization_everywhere(path: str | Path) -> QuantizedFolder | None:
+    """The same on all ranks, of which one looks. A collective."""
+    return from_first_rank(lambda: quantization_of(path))
+
+
+def packed_parts(
+    adapter: StateDictAdapter, name: str, shape: tuple[int, ...], formats: Mapping[str, str]
+) -> list[HFPart]:
+    """Where a weight of the host stands in a folder that has all of it packed alike, and can be read as it is.
+
+    Args:
+        name: Of the weight, which is (..., out, in).
+        formats: Of what the folder has packed.
+
+    Returns:
+        Nothing, if the folder has not, or the host has another order of columns.
+    """
+    try:
+        parts = hf_parts(adapter, name, shape)
+    except ValueError:
+        return []
+    forms = {formats.get(part.name, "") for part in parts}
+    own = [p.dims[-1] == len(p.shape) - 1 and p.indices[-1] is None and p.places[-1] is None for p in parts]
+    return parts if len(forms) == 1 and "" not in forms and all(own) else []
 
 
 def _unread(config: dict[str, Any]) -> list[str]:

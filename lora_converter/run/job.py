@@ -10,7 +10,8 @@ import torch
 
 from lora_converter.config import LoRAConfig
 
-BASE_FORMATS = ("", "nf4", "as-released")
+AS_RELEASED = "as-released"
+BASE_FORMATS = ("", "nf4", AS_RELEASED)
 """What frozen weights may be packed as; the first is not at all."""
 
 

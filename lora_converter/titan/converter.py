@@ -83,7 +83,7 @@ class LoRAConverter:
                 freeze_float8_linears(model)
             job = job_of(job_config)
             if job.config.base_format:
-                pack_base(model, job.config.base_format)
+                pack_base(model, job, self._state_dict_adapter(model))
             adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES)
             if job.exports_peft:
                 check_peft_forms(adapted)

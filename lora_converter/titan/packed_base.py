@@ -8,8 +8,11 @@ import torch.nn as nn
 from torchtitan.tools.logging import logger
 
 from lora_converter.figures import short
+from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.hf.quantized import packed_parts, quantization_everywhere
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packing import Packing, pack_model, packable, packed_weights_as_floats
+from lora_converter.run.job import AS_RELEASED, Job
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.job import base_of
 
@@ -35,16 +38,41 @@ def wrong_with_packed_base(job_config: Any) -> Iterator[str]:
             f"{option} with {', '.join(quantizers)} in model.converters: both say how frozen weights are stored. Leave "
             "out one of them."
         )
-    if form == "as-released" and base is not None and base.format != "hf":
+    if form == AS_RELEASED and base is not None and base.format != "hf":
         yield (
             f"{option} keeps the format of a Hugging Face folder, and {base.path} is read as a DCP folder. Set "
             'checkpoint.initial_load_in_hf = true, or base_format = "nf4".'
         )
 
 
-def pack_base(model: nn.Module, form: str) -> None:
-    """Packs the weights of a model on the meta device, before it gets adapters."""
-    formats = dict.fromkeys(packable(model, EXPERT_CLASSES), form)
+def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> None:
+    """Packs the weights of a model on the meta device, before it gets adapters, as `lora.base_format` says.
+
+    What its Hugging Face folder has packed in a way that fits keeps that, to be read without rounding it again.
+
+    Raises:
+        ValueError: The folder is quantized in a way that is not read, or not at all where its format is to be kept.
+    """
+    form, base = job.config.base_format, job.base
+    shapes = packable(model, EXPERT_CLASSES)
+    stored: dict[str, str] = {}
+    if (
+        base is not None
+        and base.format == "hf"
+        and adapter is not None
+        and (folder := quantization_everywhere(base.path))
+    ):
+        found = {name: packed_parts(adapter, name, shape, folder.formats) for name, shape in shapes.items()}
+        stored = {name: folder.formats[parts[0].name] for name, parts in found.items() if parts}
+    if form == AS_RELEASED:
+        if not stored:
+            raise ValueError(
+                f"lora.base_format = {form!r}: {base and base.path} has no weights that are packed in a way that can "
+                'be kept (bitsandbytes NF4, MXFP4, fp8 in blocks). Set it to "nf4" to pack them, or leave it out.'
+            )
+        formats = stored
+    else:
+        formats = {name: stored[name] if stored.get(name, "").startswith(form) else form for name in shapes}
     logger.info(_describe(pack_model(model, formats, expert_classes=EXPERT_CLASSES)))
 
 

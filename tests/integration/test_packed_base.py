@@ -1,20 +1,64 @@
-"""A run on a packed base, against the same run on the base that bitsandbytes' own NF4 makes of it."""
+"""Runs on packed bases, against the same runs on the bases that other libraries dequantise."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from harness import Run, adapter_state, train
+from harness import Run, adapter_state, build, train
 from hf_models import save_tiny_llama
 from safetensors.torch import load_file, save_file
-from tiny_models import WIDE, WIDE_LLAMA
+from tiny_models import MODELS, WIDE, WIDE_LLAMA
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-NF4 = "--lora.base_format=nf4"
+from lora_converter.packing import packed_weights
+
+Tensors = dict[str, torch.Tensor]
+
+NF4, AS_RELEASED = "--lora.base_format=nf4", "--lora.base_format=as-released"
+EXPERTS_TOO = "--lora.target_modules=all-linear,experts"
 
 
-def options(base: Path) -> tuple[str, ...]:
-    return (*WIDE, f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf")
+def on(base: Path, *options: str) -> tuple[str, ...]:
+    return (*WIDE, f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf", *options)
+
+
+def save(folder: Path, tensors: Tensors, config: dict | None = None) -> Path:
+    folder.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config} if config else {}))
+    return folder
+
+
+def linears_of(weights: Tensors) -> Tensors:
+    """Those of a Hugging Face Llama that are packed."""
+    return {n: w for n, w in weights.items() if w.ndim == 2 and "embed" not in n and "lm_head" not in n}
+
+
+def through_nf4(weight: torch.Tensor, *, nested: bool = False) -> tuple[Tensors, torch.Tensor]:
+    """What bitsandbytes stores of a weight, and what it makes of that."""
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=nested)
+    stored = {"": codes, **{f".{name}": value for name, value in state.as_dict(packed=True).items()}}
+    state.dtype = torch.float32
+    return stored, bnb.dequantize_4bit(codes, state)
+
+
+def same_runs(run: Run, expected: Run) -> None:
+    assert run.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-6)
+    theirs = adapter_state(expected)
+    for name, value in adapter_state(run).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-7)
+
+
+def formats_of(run: Run) -> set[str]:
+    return {form for _, form in packed_weights(run.trainer.model_parts[0]).values()}
+
+
+def fingerprint(run: Run) -> str:
+    return run.trainer.checkpointer.run.model.base_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -23,30 +67,86 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def dequantised(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same folder, its linears rounded to bf16 and through bitsandbytes' NF4."""
-    folder = save_tiny_llama(tmp_path_factory.mktemp("dequantised"), **WIDE_LLAMA)
-    file = folder / "model.safetensors"
-    weights = load_file(file)
-    for name, value in weights.items():
-        if value.ndim == 2 and "embed" not in name and "lm_head" not in name:
-            codes, state = bnb.quantize_4bit(value.bfloat16(), blocksize=64, quant_type="nf4")
-            state.dtype = torch.float32
-            weights[name] = bnb.dequantize_4bit(codes, state)
-    save_file(weights, file, metadata={"format": "pt"})
-    return folder
+def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Three steps on it, packed, each of them saved."""
+    return train(tmp_path_factory.mktemp("packed"), *on(base, NF4, "--checkpoint.interval=1"))
 
 
-@pytest.fixture(scope="module")
-def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tmp_path_factory.mktemp("run"), *options(base), NF4)
+def test_a_run_is_that_on_the_base_that_bitsandbytes_dequantises(packed: Run, base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    dequantised = {n: through_nf4(w.bfloat16())[1] for n, w in linears_of(weights).items()}
+    same_runs(packed, train(tmp_path / "run", *on(save(tmp_path / "base", weights | dequantised))))
+    assert formats_of(packed) == {"nf4"}
 
 
-def test_the_run_is_that_on_the_dequantised_base(run: Run, dequantised: Path, tmp_path: Path) -> None:
-    """torchtitan's autocast computes in bf16 on one rank: W is rounded to it either way."""
-    expected = train(tmp_path, *options(dequantised))
-    assert run.losses == pytest.approx(expected.losses, rel=1e-6)
-    assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-6)
-    theirs = adapter_state(expected)
-    for name, value in adapter_state(run).items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-7)
+def test_its_base_is_known_by_what_was_packed(packed: Run, base: Path, tmp_path: Path) -> None:
+    dense = build(tmp_path, *on(base))
+    dense.trainer.checkpointer.load()
+    dense.trainer.close()
+    assert fingerprint(packed) == fingerprint(dense)
+
+
+@pytest.mark.parametrize("form", ["", "nf4", "as-released"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_folder_of_bitsandbytes_keeps_its_values(base: Path, tmp_path: Path, *, nested: bool, form: str) -> None:
+    """With double quantisation, and without: absmaxes of weights in bf16 are exact in bf16."""
+    weights = load_file(base / "model.safetensors")
+    stored, dense = dict(weights), dict(weights)
+    for name, weight in linears_of(weights).items():
+        parts, dense[name] = through_nf4(weight.bfloat16(), nested=nested)
+        stored |= {f"{name}{part}": value for part, value in parts.items()}
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    short = "--training.steps=2"
+    run = train(tmp_path / "1", *on(save(tmp_path / "stored", stored, config), f"--lora.base_format={form}", short))
+    expected = train(tmp_path / "2", *on(save(tmp_path / "dense", dense), short))
+    same_runs(run, expected)
+    assert formats_of(run) == (({"nf4-fp32"} if nested else {"nf4"}) if form else set())
+    assert fingerprint(run) == fingerprint(expected)
+
+
+def mxfp4(weights: Tensors) -> tuple[Tensors, Tensors]:
+    """gpt_oss's experts, whose names end as the published ones, as any codes, and as transformers reads these."""
+    generator = torch.Generator().manual_seed(0)
+    stored, dense = dict(weights), dict(weights)
+    for name in [name for name in weights if name.endswith("_blocks")]:
+        *lead, columns = weights[name].shape
+        stored[name] = torch.randint(256, (*lead, columns // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(119, 123, (*lead, columns // 32), dtype=torch.uint8, generator=generator)
+        stored[name.replace("_blocks", "_scales")] = scales
+        dense[name] = convert_moe_packed_tensors(stored[name], scales, dtype=torch.float32).transpose(1, 2)
+    return stored, dense
+
+
+def fp8(weights: Tensors) -> tuple[Tensors, Tensors]:
+    """deepseek_v3's linears in blocks of 128 x 128."""
+    stored, dense = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        if weight.ndim != 2 or any(part in name for part in ("embed", "lm_head", "mlp.gate.")):
+            continue
+        rows, columns = weight.shape
+        grid = torch.rand(-(-rows // 128), -(-columns // 128), generator=torch.Generator().manual_seed(rows)) + 0.5
+        scales = grid.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        stored[name], stored[f"{name}_scale_inv"] = (weight / scales).to(torch.float8_e4m3fn), grid
+        dense[name] = stored[name].float() * scales
+    return stored, dense
+
+
+@pytest.mark.parametrize(
+    ("model", "quantised", "config", "form"),
+    [
+        ("gpt_oss", mxfp4, {"quant_method": "mxfp4"}, "mxfp4"),
+        ("deepseek_v3", fp8, {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ],
+)
+def test_what_a_folder_has_packed_stays_so(
+    tmp_path: Path, model: str, quantised: Callable[[Tensors], tuple[Tensors, Tensors]], config: dict, form: str
+) -> None:
+    random = build(tmp_path / "0", *MODELS[model], *WIDE, "--checkpoint.initial_load_path=")
+    run = random.trainer.checkpointer.run
+    stored, dense = quantised(run.host.state_dict_adapter.to_hf(dict(run.model.base.state_dict())))
+    random.trainer.close()
+    common = (*MODELS[model], "--training.steps=2", EXPERTS_TOO)
+    packed = train(tmp_path / "1", *on(save(tmp_path / "stored", stored, config), *common, AS_RELEASED))
+    expected = train(tmp_path / "2", *on(save(tmp_path / "dense", dense), *common))
+    same_runs(packed, expected)
+    assert formats_of(packed) == {form} and fingerprint(packed) == fingerprint(expected)
