@@ -21,6 +21,7 @@ from lora_converter.titan.chat import ChatLoader
 from lora_converter.titan.end_tokens import warn_of_untrained_tokens
 from lora_converter.titan.host import TitanHost
 from lora_converter.titan.model import is_converted, lora_model
+from lora_converter.titan.packed_base import check_base_is_loaded
 
 
 class LoRACheckpointManager(CheckpointManager):
@@ -45,7 +46,10 @@ class LoRACheckpointManager(CheckpointManager):
 
     def load(self, step: int = -1) -> bool:
         """See `Run.load`; then a look at the tokens that conversations end with."""
-        loaded = self.run.load(step) if self.enable else False
+        if not self.enable:
+            check_base_is_loaded(self.run.job)
+            return False
+        loaded = self.run.load(step)
         loader = self.states.get(DATALOADER)
         if loaded and isinstance(loader, ChatLoader):
             warn_of_untrained_tokens(self.run.host.model_parts, loader.trained_special_tokens())

@@ -23,7 +23,7 @@ def wrong_with_packed_base(job_config: Any) -> Iterator[str]:
     if not form:
         return
     option, base = f"lora.base_format = {form!r}", base_of(job_config)
-    if base is None:
+    if base is None and job_config.checkpoint.enable:
         yield (
             f"{option}: a random base cannot be packed, since every checkpoint would have to store it. Set "
             "checkpoint.initial_load_path to a pretrained base, or leave base_format out."
@@ -45,6 +45,19 @@ def wrong_with_packed_base(job_config: Any) -> Iterator[str]:
         )
 
 
+def check_base_is_loaded(job: Job) -> None:
+    """Refuses to train on packed weights that nothing has been read into.
+
+    Raises:
+        ValueError: The job reads no base.
+    """
+    if job.config.base_format:
+        raise ValueError(
+            f"lora.base_format = {job.config.base_format!r}, but nothing is loaded with checkpoint.enable = false. Set "
+            "it to true, and checkpoint.initial_load_path to a pretrained base."
+        )
+
+
 def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> None:
     """Packs the weights of a model on the meta device, before it gets adapters, as `lora.base_format` says.
 
@@ -54,6 +67,7 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
         ValueError: The folder is quantized in a way that is not read, or not at all where its format is to be kept.
     """
     form, base = job.config.base_format, job.base
+    option = f"lora.base_format = {form!r}"
     shapes = packable(model, EXPERT_CLASSES)
     stored: dict[str, str] = {}
     if (
@@ -65,10 +79,12 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
         found = {name: packed_parts(adapter, name, shape, folder.formats) for name, shape in shapes.items()}
         stored = {name: folder.formats[parts[0].name] for name, parts in found.items() if parts}
     if form == AS_RELEASED:
+        if base is None:
+            raise ValueError(f'{option} depends on the folder of the base, and here is none. Name one, or set "nf4".')
         if not stored:
             raise ValueError(
-                f"lora.base_format = {form!r}: {base and base.path} has no weights that are packed in a way that can "
-                'be kept (bitsandbytes NF4, MXFP4, fp8 in blocks). Set it to "nf4" to pack them, or leave it out.'
+                f"{option}: {base.path} has no weights that are packed in a way that can be kept (bitsandbytes NF4, "
+                'MXFP4, fp8 in blocks). Set it to "nf4" to pack them, or leave it out.'
             )
         formats = stored
     else:

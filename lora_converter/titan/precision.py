@@ -8,6 +8,9 @@ once gives what rounding at every use gave. Which weights are rounded, and wheth
     one rank, DDP       autocast casts the operands of matrix products: the weights of linears, but not of an
                         embedding, also where an output head shares it
     TP, PP alone        no mixed precision
+
+Beside packed weights an embedding is most of what is left: on one rank it is stored rounded, too, and what is looked up
+there is as wide as before.
 """
 
 from typing import Any, cast
@@ -17,6 +20,8 @@ import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
+
+from lora_converter.swap import swap_class
 
 
 def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_dims: ParallelDims) -> None:
@@ -29,10 +34,24 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_di
     if parallel_dims.tp_enabled or parallel_dims.pp_enabled:
         params = params if parallel_dims.fsdp_enabled else set()
     elif not parallel_dims.fsdp_enabled:
-        params -= {p for m in model.modules() if not isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if job_config.lora.base_format else []
+        others = [m for m in model.modules() if not isinstance(m, nn.Linear) and m not in embeddings]
+        params -= {p for m in others for p in m.parameters(recurse=False)}
+        for embedding in embeddings:
+            swap_class(embedding, RoundedEmbedding).looked_up_dtype = embedding.weight.dtype
     for param in params:
         if type(param.data) is torch.Tensor and param.is_floating_point() and param.dtype.itemsize > dtype.itemsize:
             param.data = param.data.to(dtype)
+
+
+class RoundedEmbedding(nn.Embedding):
+    """What an embedding's class gains whose weight is stored rounded."""
+
+    looked_up_dtype: torch.dtype
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (...), numbers of rows -> (..., embedding_dim), of the dtype that the weight had."""
+        return super().forward(input).to(self.looked_up_dtype)
 
 
 def keep_cast_weights(model: nn.Module) -> None:
