@@ -63,7 +63,12 @@ def fingerprint(run: Run) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llama(tmp_path_factory.mktemp("wide"), **WIDE_LLAMA)
+    """Its embedding holds what bf16 can, as most bases' do."""
+    folder = save_tiny_llama(tmp_path_factory.mktemp("wide"), **WIDE_LLAMA)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].bfloat16().float()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +77,27 @@ def packed(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tmp_path_factory.mktemp("packed"), *on(base, NF4, "--checkpoint.interval=1"))
 
 
-def test_a_run_is_that_on_the_base_that_bitsandbytes_dequantises(packed: Run, base: Path, tmp_path: Path) -> None:
+def dequantised(base: Path, folder: Path) -> Path:
+    """The base as bitsandbytes dequantises it."""
     weights = load_file(base / "model.safetensors")
-    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].bfloat16().float()
-    dequantised = {n: through_nf4(w.bfloat16())[1] for n, w in linears_of(weights).items()}
-    same_runs(packed, train(tmp_path / "run", *on(save(tmp_path / "base", weights | dequantised))))
+    weights |= {n: through_nf4(w.bfloat16())[1] for n, w in linears_of(weights).items()}
+    return save(folder, weights)
+
+
+def test_a_run_is_that_on_the_base_that_bitsandbytes_dequantises(packed: Run, base: Path, tmp_path: Path) -> None:
+    same_runs(packed, train(tmp_path / "run", *on(dequantised(base, tmp_path / "base"))))
     assert formats_of(packed) == {"nf4"}
+
+
+def test_so_it_is_in_bf16(base: Path, tmp_path: Path) -> None:
+    """Beside packed weights the embedding is stored in bf16, and looked up in fp32, as it was."""
+    bf16 = ("--training.mixed_precision_param=bfloat16", "--training.steps=2")
+    folder = dequantised(base, tmp_path / "base")
+    run, expected = (train(tmp_path / name, *on(folder, *bf16, *form)) for name, form in (("1", [NF4]), ("2", [])))
+    same_runs(run, expected)
+    (packed, dense) = (each.trainer.model_parts[0].tok_embeddings for each in (run, expected))
+    assert packed.weight.dtype is torch.bfloat16 and dense.weight.dtype is torch.float32
+    assert packed(torch.tensor([1])).dtype is torch.float32
 
 
 def test_its_base_is_known_by_what_was_packed(packed: Run, base: Path, tmp_path: Path) -> None:
