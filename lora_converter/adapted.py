@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
-from lora_converter.swap import check_forward_is_called, follow_hook, reduced, subclass_with, swap_class
+from lora_converter.swap import check_forward_is_called, class_below, follow_hook, reduced, subclass_with, swap_class
 from lora_converter.tensors import local_part
 from lora_converter.updates import add_updates, on_all_ranks
 
@@ -147,8 +147,7 @@ class AdaptedModule(nn.Module):
         self.remove_adapter()
         for name in ("lora_config", "lora_fqn", "lora_canonical_name", "lora_enabled", "lora_unmerged"):
             delattr(self, name)
-        mro = type(self).mro()
-        plain = mro[mro.index(AdaptedModule) + 1]
+        plain = class_below(type(self), AdaptedModule)
         self.__class__ = subclass_with(FSDPModule, plain) if isinstance(self, FSDPModule) else plain
         follow_hook(self)
 

@@ -4,8 +4,8 @@
 
 The weights of all experts of a layer are one parameter per product, W (experts, out_features, in_features). So are the
 factors: `<weight>_lora_a` (experts, in_features, rank) and `<weight>_lora_b` (experts, out_features, rank). Here is
-what is the same on every host. A host's class derives from `LoRAExperts`, says what the weights are called, and has the
-forward: how rows come to experts, and what stands between the products, is the host's affair.
+what is the same on every host. A host's class derives from `LoRAExperts` and from its `RoutedExperts`, which says what
+the weights are called and has the forward (`packed_experts.py`).
 
 Under expert parallelism factors are sharded as the weights are, by expert. Under tensor parallelism a factor is sharded
 along the features that it shares with its weight, as beside a linear (`tensor_parallel.py`):
@@ -23,18 +23,18 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from lora_converter.adapted import AdaptedModule, adapt, stable_hash
 from lora_converter.config import LoRAConfig
-from lora_converter.grouped import grouped_linear, grouped_product
+from lora_converter.grouped import grouped_linear
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear
 from lora_converter.packed_formats import FORMATS
-from lora_converter.packed_linear import check_blocks
+from lora_converter.packed_experts import RoutedExperts
 from lora_converter.packed_ops import packed_linear
+from lora_converter.swap import check_forward_is_called, follow_hook, swap_class, unswapped
 from lora_converter.tensor_parallel import place_beside, whole_beside
 from lora_converter.tensors import local_indices, local_part
 from lora_converter.updates import low_rank_updates
@@ -43,13 +43,10 @@ Tensor = torch.Tensor
 E = TypeVar("E", bound="LoRAExperts")
 
 
-class LoRAExperts(AdaptedModule):
+class LoRAExperts(AdaptedModule, RoutedExperts):
     """What a module of routed experts gains: a trained low-rank update per expert. A host derives from it."""
 
     adapter_kind = "experts modules"
-
-    expert_weights: ClassVar[tuple[str, ...]] = ()
-    """Base weights that can be adapted, each (experts, out_features, in_features)."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,12 +64,15 @@ class LoRAExperts(AdaptedModule):
     def merged_names(self) -> list[str]:
         return [weight for weight in self.expert_weights if _factor_names(weight)[0] in self._parameters]
 
+    @property
+    def is_computed_here(self) -> bool:
+        return self.is_active or super().is_computed_here
+
     def per_expert(self, weight: str) -> Callable[[int, Tensor], Tensor]:
-        """A product as a function of an expert of this rank and its rows, x_e (rows, in_features)."""
+        if not self._updates(weight):
+            return super().per_expert(weight)
         # Unbound, since the gradients of slices would be added up over the whole factor, expert by expert.
         weights, form = local_part(self.get_parameter(weight)).unbind(), self.packed_format
-        if not self._updates(weight):
-            return lambda e, x: packed_linear(x, weights[e], form=form) if form else F.linear(x, weights[e])
         a, b = (factor.unbind() for factor in self._local_factors(weight))
         scaling = self.lora_config.scaling
         if form:
@@ -80,18 +80,11 @@ class LoRAExperts(AdaptedModule):
         return lambda e, x: low_rank_linear(x, weights[e], None, a[e].t(), b[e], scaling=scaling)
 
     def grouped_product(self, weight: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """A product of all experts of this rank in x's dtype: x (rows, in_features), sorted by expert.
-
-        Args:
-            offsets: Where each expert's rows end, int32, (experts of this rank).
-        """
-        base, form = local_part(self.get_parameter(weight)), self.packed_format
-        if not form:
-            base = base.to(x.dtype)
         if not self._updates(weight):
-            return grouped_product(x, base, offsets, form=form)
+            return super().grouped_product(weight, x, offsets)
+        base, factors = self.base_beside(weight, x), self._local_factors(weight)
         scaling = self.lora_config.scaling
-        return grouped_linear(x, base, *self._local_factors(weight), offsets, scaling=scaling, form=form)
+        return grouped_linear(x, base, *factors, offsets, scaling=scaling, form=self.packed_format)
 
     def _updates(self, weight: str) -> bool:
         return self.is_active and weight in self.merged_names()
@@ -140,13 +133,7 @@ class LoRAExperts(AdaptedModule):
             delattr(self, name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As `nn.Module`'s. Where a weight is sharded, its factors go with it: plans for the weights know none.
-
-        Raises:
-            ValueError: See `check_blocks`.
-        """
-        if name in self.expert_weights and self.packed_format and param is not None:
-            check_blocks(f"{self.lora_fqn}.{name}", param, form=self.packed_format)
+        """As `PackedModule`'s. Where a weight is sharded, its factors go with it: plans for the weights know none."""
         super().register_parameter(name, param)
         if name in self.expert_weights and isinstance(param, DTensor) and name in self.merged_names():
             for factor, shared_dim in zip(_factor_names(name), (2, 1), strict=True):
@@ -154,7 +141,8 @@ class LoRAExperts(AdaptedModule):
                 super().register_parameter(factor, placed)
 
     def extra_repr(self) -> str:
-        return f"rank={self.lora_config.rank}, alpha={self.lora_config.alpha} on {', '.join(self.merged_names())}"
+        own = f"rank={self.lora_config.rank}, alpha={self.lora_config.alpha} on {', '.join(self.merged_names())}"
+        return ", ".join(filter(None, [super().extra_repr(), own]))
 
 
 def _factor_names(weight: str) -> tuple[str, str]:
@@ -193,7 +181,7 @@ def add_expert_adapters(
     adapted = adapt(experts, kind, config, fqn=fqn, canonical_name=canonical_name)
     for weight in weights:
         base = adapted.get_parameter(weight)
-        count, out_features, in_features = _weight_shape(adapted, weight)
+        count, out_features, in_features = adapted.weight_shape(weight)
         for name, features in zip(_factor_names(weight), (in_features, out_features), strict=True):
             kept = dtype or torch.promote_types(base.dtype, torch.float32)
             factor = torch.empty(count, features, config.rank, device=base.device, dtype=kept)
@@ -202,8 +190,9 @@ def add_expert_adapters(
 
 
 def experts_of(model: nn.Module, classes: ExpertClasses) -> dict[str, tuple[nn.Module, type[LoRAExperts]]]:
-    """Plain name -> the experts modules of a model, each with the kind that adapts it."""
-    return {fqn: (module, classes[type(module)]) for fqn, module in plain_modules(model) if type(module) in classes}
+    """Plain name -> the experts modules of a model, packed or not, each with the kind that adapts it."""
+    found = ((fqn, module, classes.get(unswapped(type(module)))) for fqn, module in plain_modules(model))
+    return {fqn: (module, kind) for fqn, module, kind in found if kind is not None}
 
 
 def expert_shapes(
@@ -212,33 +201,42 @@ def expert_shapes(
     """Plain name of an experts module -> its weights that can be adapted -> (experts, out_features, in_features).
 
     Args:
-        classes: Those of modules without adapters; modules that have some are found without.
+        classes: Those of plain modules; packed ones, and those that have adapters, are found without.
     """
-    found = {}
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
     for fqn, module in plain_modules(model):
-        kind = type(module) if isinstance(module, LoRAExperts) else classes.get(type(module))
-        if kind is not None:
-            found[fqn] = {weight: _weight_shape(module, weight) for weight in kind.expert_weights}
+        if isinstance(module, RoutedExperts):
+            found[fqn] = {weight: module.weight_shape(weight) for weight in module.expert_weights}
+        elif kind := classes.get(type(module)):
+            found[fqn] = {weight: tuple(module.get_parameter(weight).shape) for weight in kind.expert_weights}
     return found
 
 
-def pack_experts(experts: nn.Module, kind: type[LoRAExperts], *, form: str) -> None:
-    """Packs the weights of an experts module, in place. They are frozen from then on; `kind` alone computes with them.
+def pack_experts(experts: nn.Module, kind: type[LoRAExperts], *, form: str, fqn: str = "experts") -> RoutedExperts:
+    """Packs the weights of an experts module and turns it into one that computes with them, in place.
+
+    They are frozen from then on. An adapter goes on top as on any experts module.
 
     Args:
         experts: Without adapters, on any device; on meta weights get their shapes alone.
+        kind: The one that adapts it.
         form: The name of a packed format.
+        fqn: Its name in the whole model.
 
     Raises:
-        ValueError: See `PackedFormat.pack`. The module is then as it was.
+        ValueError: See `PackedFormat.pack` and `check_forward_is_called`. The module is then as it was.
     """
-    assert not isinstance(experts, LoRAExperts)
-    packed = {name: FORMATS[form].pack(experts.get_parameter(name).detach()) for name in kind.expert_weights}
-    for name, value in packed.items():
-        experts.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    vars(experts)["packed_format"] = form
+    assert not isinstance(experts, RoutedExperts)
+    check_forward_is_called(fqn, experts)
+    values = {name: FORMATS[form].pack(experts.get_parameter(name).detach()) for name in kind.expert_weights}
+    packed = swap_class(experts, _without_adapter(kind))
+    follow_hook(packed)
+    packed.packed_format, packed.packed_fqn = form, fqn
+    for name, value in values.items():
+        packed.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return packed
 
 
-def _weight_shape(experts: nn.Module, weight: str) -> tuple[int, ...]:
-    shape, form = tuple(experts.get_parameter(weight).shape), vars(experts).get("packed_format")
-    return FORMATS[form].weight_shape(shape) if form else shape
+def _without_adapter(kind: type[LoRAExperts]) -> type[RoutedExperts]:
+    """The host's class of experts that `kind` adds adapters to."""
+    return next(c for c in kind.mro() if issubclass(c, RoutedExperts) and not issubclass(c, AdaptedModule))

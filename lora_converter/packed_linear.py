@@ -7,31 +7,21 @@ Under tensor parallelism the weight is sharded by rows or by blocks, as the dens
 part is a packed weight by itself, so everything is computed on local parts.
 """
 
-import math
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
 
 from lora_converter.packed_formats import FORMATS
+from lora_converter.packed_module import PackedModule
 from lora_converter.packed_ops import packed_linear
-from lora_converter.swap import check_forward_is_called, follow_hook, reduced, swap_class
+from lora_converter.swap import check_forward_is_called, follow_hook, swap_class
 from lora_converter.tensor_parallel import local_bias, local_input, local_output, output_on_mesh, rows_on_mesh
 from lora_converter.tensors import local_part
 
 
-class PackedLinear(nn.Module):
-    """What a linear's class gains: a packed weight. Made by `pack_linear` alone.
+class PackedLinear(PackedModule):
+    """What a linear's class gains: a packed weight. Made by `pack_linear` alone."""
 
-    Attributes:
-        packed_format: The name of its format.
-        packed_fqn: Name of the linear in the whole model.
-    """
-
-    packed_format: str
-    packed_fqn: str
     in_features: int
     out_features: int
     weight: nn.Parameter
@@ -56,24 +46,11 @@ class PackedLinear(nn.Module):
         )
         return local_output(out, mesh, column_wise=column_wise, out_features=self.out_features)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As `nn.Module`'s.
-
-        Raises:
-            ValueError: See `check_blocks`.
-        """
-        if name == "weight" and param is not None:
-            check_blocks(f"{self.packed_fqn}.weight", param, form=self.packed_format)
-        super().register_parameter(name, param)
+    def packed_names(self) -> tuple[str, ...]:
+        return ("weight",)
 
     def reset_parameters(self) -> None:
         """Nothing: a packed weight is loaded."""
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight={self.packed_format}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return reduced(self, super().__reduce_ex__(2))
 
 
 def pack_linear(linear: nn.Linear, *, form: str, fqn: str = "linear") -> PackedLinear:
@@ -97,34 +74,6 @@ def pack_linear(linear: nn.Linear, *, form: str, fqn: str = "linear") -> PackedL
     packed.packed_format, packed.packed_fqn = form, fqn
     packed.weight = weight
     return packed
-
-
-def check_blocks(name: str, packed: torch.Tensor, *, form: str) -> None:
-    """Refuses a packed weight whose blocks are sharded over a mesh that does not divide them.
-
-    A rank's columns would then be others than its columns of the input.
-
-    Args:
-        packed: (..., out_features, blocks, bytes).
-
-    Raises:
-        ValueError: It is one; the message has the degrees that would do.
-    """
-    if not isinstance(packed, DTensor):
-        return
-    blocks, size = packed.shape[-2], FORMATS[form].block
-    degree = math.prod(_degrees(packed, packed.ndim - 2))
-    if blocks % degree:
-        fitting = ", ".join(str(d) for d in range(1, blocks + 1) if blocks % d == 0)
-        raise ValueError(
-            f"{name} is packed ({form}): its {blocks * size} columns are {blocks} blocks of {size}, which tensor "
-            f"parallelism of {degree} does not divide. Degrees that do: {fitting}."
-        )
-
-
-def _degrees(value: DTensor, dim: int) -> Iterable[int]:
-    sizes = (value.device_mesh.size(i) for i in range(value.device_mesh.ndim))
-    return (size for size, p in zip(sizes, value.placements, strict=True) if getattr(p, "dim", None) == dim)
 
 
 def _local(value: torch.Tensor | None) -> torch.Tensor | None:

@@ -32,6 +32,18 @@ def swapped_in(cls: type) -> list[type]:
     return [vars(base)["_mixin"] for base in cls.mro() if "_mixin" in vars(base)]
 
 
+def class_below(cls: type, mixin: type) -> type:
+    """The class that swapping has put one of `mixin`'s on."""
+    return next(base for base in cls.mro() if issubclass(vars(base).get("_mixin", object), mixin)).__bases__[1]
+
+
+def unswapped(cls: type) -> type:
+    """The class before any swapping."""
+    while "_mixin" in vars(cls):
+        cls = cls.__bases__[1]
+    return cls
+
+
 def reduced(module: nn.Module, usual: Any) -> Any:
     """For pickle and torch.save, which find classes by name: one that swapping has made is made again.
 

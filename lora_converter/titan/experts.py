@@ -1,8 +1,8 @@
-"""torchtitan's routed experts with adapters: its two classes of experts, on its two paths.
+"""torchtitan's routed experts, packed and with adapters: its two classes of experts, on its two paths.
 
 One path loops over experts, the other takes all of them in one grouped product. Either way a product of torchtitan's is
-replaced by one with its update, and the rest is torchtitan's: how rows come to experts and back, what stands between
-the products, and that the grouped path computes in bf16.
+replaced by one with a packed weight or with an update, and the rest is torchtitan's: how rows come to experts and back,
+what stands between the products, and that the grouped path computes in bf16.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.moe.utils import indices_padding_wrapper
 
 from lora_converter.experts import LoRAExperts
+from lora_converter.packed_experts import RoutedExperts
 from lora_converter.tensors import local_part
 
 Tensor = torch.Tensor
@@ -29,7 +30,7 @@ PerRow = Callable[[Tensor], Tensor]
 """What each expert adds to its rows, (experts, features) -> what is added, to fit a product."""
 
 
-class TitanExperts(LoRAExperts):
+class TitanExperts(RoutedExperts):
     """Both paths. A class of torchtitan's says, in `compute`, what its experts make of their rows."""
 
     use_grouped_mm: bool
@@ -40,7 +41,7 @@ class TitanExperts(LoRAExperts):
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """x: (rows, dim), sorted by expert, of which the last may be padding -> (rows, dim)."""
-        if not self.is_active and not self.packed_format:
+        if not self.is_computed_here:
             return cast(Tensor, super().forward(x, num_tokens_per_expert))
         if not self.use_grouped_mm:
             return self._one_by_one(x, num_tokens_per_expert.tolist())
@@ -73,7 +74,7 @@ class TitanExperts(LoRAExperts):
         return self.compute(x.bfloat16(), partial(self.grouped_product, offsets=offsets), per_row)
 
 
-class LoRAGroupedExperts(TitanExperts):
+class PackedGroupedExperts(TitanExperts):
     """deepseek_v3's, qwen3's and llama4's: w2(silu(w1(x)) · w3(x))."""
 
     expert_weights = ("w1", "w2", "w3")
@@ -85,7 +86,7 @@ class LoRAGroupedExperts(TitanExperts):
         return super()._grouped(x, num_tokens_per_expert).type_as(x)
 
 
-class LoRAGptOssExperts(TitanExperts):
+class PackedGptOssExperts(TitanExperts):
     """gpt_oss's: mlp2(swiglu(mlp1(x))), where mlp1's rows are gate and up in turn, and each has a frozen bias."""
 
     expert_weights = ("mlp1_weight", "mlp2_weight")
@@ -97,6 +98,14 @@ class LoRAGptOssExperts(TitanExperts):
         # Every rank of TP adds its bias to a partial sum.
         tp = _degree(self.get_parameter("mlp1_weight"), "tp") or 1
         return product("mlp2_weight", h) + per_row(ScaleBiasForward.apply(biases[1], tp))
+
+
+class LoRAGroupedExperts(LoRAExperts, PackedGroupedExperts):
+    """The first, with adapters."""
+
+
+class LoRAGptOssExperts(LoRAExperts, PackedGptOssExperts):
+    """The second."""
 
 
 def _degree(weight: Tensor, axis: str) -> int | None:

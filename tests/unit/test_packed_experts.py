@@ -1,6 +1,8 @@
 """Routed experts with packed weights are those with what is unpacked, in torchtitan's classes and on both paths."""
 
 import copy
+import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,9 +55,9 @@ def kind_of(layer: Layer) -> Any:
     return EXPERT_CLASSES[type(layer.experts)]
 
 
-def pair(which: str, *, grouped: bool, form: str = "nf4", targets: str = "experts") -> tuple[Layer, Layer]:
-    """A layer with packed experts and the dense one of their values, with equal adapters."""
-    packed = Layer(which, grouped=grouped)
+def plain_pair(which: str, *, grouped: bool, form: str = "nf4") -> tuple[Layer, Layer]:
+    """A layer with packed experts and torchtitan's own of their values, frozen."""
+    packed = Layer(which, grouped=grouped).requires_grad_(False)
     dense = copy.deepcopy(packed)
     weights, kind = kind_of(packed).expert_weights, kind_of(packed)
     pack_experts(packed.experts, kind, form=form)
@@ -63,6 +65,12 @@ def pair(which: str, *, grouped: bool, form: str = "nf4", targets: str = "expert
         dense.experts.get_parameter(weight).data = FORMATS[form].unpack(
             packed.experts.get_parameter(weight), torch.float32
         )
+    return packed, dense
+
+
+def pair(which: str, *, grouped: bool, form: str = "nf4", targets: str = "experts") -> tuple[Layer, Layer]:
+    """The same, with equal adapters."""
+    packed, dense = plain_pair(which, grouped=grouped, form=form)
     for layer in (packed, dense):
         config = LoRAConfig(rank=3, target_modules=[targets])
         apply_lora(layer, config, expert_classes=EXPERT_CLASSES)
@@ -79,6 +87,17 @@ def out_and_gradients(layer: Layer) -> list[torch.Tensor]:
     x = X.clone().requires_grad_()
     out = layer(x)
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), [x, *adapter_parameters(layer).values()])]
+
+
+@every_class
+@both_paths
+def test_without_adapters_they_are_torchtitans_experts_of_the_unpacked_weights(which: str, grouped: bool) -> None:
+    packed, dense = plain_pair(which, grouped=grouped)
+    assert type(dense.experts) in EXPERT_CLASSES and isinstance(packed.experts, type(dense.experts))
+    (out, gradient), (expected, of_dense) = out_and_gradients(packed), out_and_gradients(dense)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    # The grouped path is in bf16, where torchtitan's sums up the gradients of x's casts, one per product.
+    assert (gradient - of_dense).norm() < (4e-3 if grouped else 1e-6) * of_dense.norm()
 
 
 @every_class
@@ -134,13 +153,42 @@ def test_their_shapes_are_those_of_the_weights() -> None:
     assert not has_stacked_experts(linear)
 
 
-def test_merging_into_them_is_refused_and_taking_adapters_off_leaves_them() -> None:
-    packed, _ = pair("GroupedExperts", grouped=False)
-    before = packed.experts.w1.clone()
-    with pytest.raises(ValueError, match=r"experts\.w1 is packed \(nf4\): an update cannot be merged into it\."):
+@every_class
+@both_paths
+def test_merging_into_them_is_refused_and_taking_adapters_off_leaves_them(which: str, grouped: bool) -> None:
+    alone, _ = plain_pair(which, grouped=grouped)
+    packed, _ = pair(which, grouped=grouped)
+    with pytest.raises(ValueError, match=r"experts\.\w+ is packed \(nf4\): an update cannot be merged into it\."):
         merge_adapter(packed)
     unload_adapter(packed)
-    assert torch.equal(packed.experts.w1, before) and packed.experts.packed_format == "nf4"
+    assert type(packed.experts) is type(alone.experts) and "weight=nf4" in repr(packed)
+    assert packed.experts.state_dict().keys() == alone.experts.state_dict().keys()
+    assert torch.equal(packed(X), alone(X))
+    apply_lora(packed, LoRAConfig(rank=3, target_modules=["experts"]), expert_classes=EXPERT_CLASSES)
+    assert torch.equal(packed(X), alone(X))  # B is zero
+
+
+def through_pickle(layer: Layer) -> Layer:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_class
+@pytest.mark.parametrize("way", [through_pickle, copy.deepcopy])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_they_are_copied_and_pickled(which: str, way: Callable[[Layer], Layer], adapted: bool) -> None:
+    layer, _ = pair(which, grouped=False) if adapted else plain_pair(which, grouped=False)
+    found = way(layer)
+    assert type(found.experts) is type(layer.experts) and torch.equal(found(X), layer(X))
+
+
+def test_what_an_adapter_adds_is_what_it_adds_to_the_unpacked_weights() -> None:
+    packed, dense = pair("GroupedExperts", grouped=False)
+    for weight in packed.experts.expert_weights:
+        found, expected = ([*layer.experts.local_updates(weight)] for layer in (packed, dense))
+        assert len(found) == EXPERTS and all(map(torch.equal, found, expected))
 
 
 def test_what_cannot_be_packed_is_left_as_it_was() -> None:
