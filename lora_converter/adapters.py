@@ -13,6 +13,7 @@ from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_param
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.linear import add_adapter, linears_of
+from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Elements of a model's parameters, over its full (unsharded) shapes; a shared parameter counts once."""
+    """Elements of a model's parameters, over its full (unsharded, unpacked) shapes; a shared one counts once."""
 
     trainable: int
     total: int
@@ -168,7 +169,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     kinds = Counter(module.adapter_kind for module in adapted_modules(model))
     return ParameterCount(
         trainable=sum(p.numel() for p in params if p.requires_grad),
-        total=sum(p.numel() for p in params),
+        total=count_elements(model, params),
         adapted=kinds.total(),
         kinds=dict(kinds),
     )

@@ -1,7 +1,7 @@
 """FLOPs of a model most of which is frozen, for the MFU that torchtitan logs.
 
 A trained parameter costs 6 per token: 2 in the forward, 2 for the gradient of the input, 2 for its own. A frozen one
-has no gradient of its own, so it costs 4. torchtitan counts 6 for all.
+has no gradient of its own, so it costs 4. torchtitan counts 6 for all, and of a packed weight every byte.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch.nn as nn
 from torchtitan.tools.logging import logger
+
+from lora_converter.packed_module import shown_unpacked
 
 
 class _Trained:
@@ -28,14 +30,19 @@ class _Trained:
 
 
 def flops_not_spent(model: nn.Module, seq_len: int) -> int:
-    """What torchtitan counts too much per token: 2 for every frozen parameter that it counts 6 for.
+    """What torchtitan counts too much per token; negative if it counts too little, since packed weights have fewer bytes.
 
-    Routed experts count as far as they are active, and embeddings not at all: its formula is asked with and without the
-    frozen parameters, and the difference is what they count for.
+    It counts 2 too many for every frozen parameter that it counts 6 for. Routed experts count as far as they are
+    active, and embeddings not at all: its formula is asked with and without the frozen parameters, and the difference
+    is what they count for.
     """
     count: Any = cast(Any, model).model_args.get_nparams_and_flops
     was_disabled, logger.disabled = logger.disabled, True  # the formulas of MoE models log what they count
     try:
-        return int(count(model, seq_len)[1] - count(_Trained(model), seq_len)[1]) // 3
+        counted = count(model, seq_len)[1]
+        with shown_unpacked(model):
+            every = count(model, seq_len)[1]
+        trained = count(_Trained(model), seq_len)[1]
     finally:
         logger.disabled = was_disabled
+    return int(counted - every) + int(every - trained) // 3

@@ -63,6 +63,18 @@ CHANGES = (
         "torchtitan's policy can be told of operators that are products",
     ),
     Change(
+        "torchtitan.distributed.activation_checkpoint:_apply_op_sac",
+        "selective_ac:shapes_of_packed",
+        "takes the shape of a linear's product from its weight, which a packed one's is not",
+        "no weight's shape is read",
+    ),
+    Change(
+        "torchtitan.distributed.expert_parallel:distribute_module",
+        "expert_plans:place_packed",
+        "its plans for experts make parameters that require gradients, which bytes cannot",
+        "the plans keep requires_grad",
+    ),
+    Change(
         "torchtitan.components.validate:Validator.validate",
         "head:validate_without_logits",
         "takes logits where a frozen head's loss needs none",

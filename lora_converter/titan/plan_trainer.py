@@ -26,6 +26,7 @@ from torchtitan.train import Trainer
 
 from lora_converter.live_bytes import COMMUNICATION, LiveBytes
 from lora_converter.plan import ACTIVATIONS, BASE, BUFFERS, GRADIENTS, LOSS, OPTIMIZER, TRAINED, WORKING, Estimate
+from lora_converter.packed_module import count_elements
 from lora_converter.titan.plan_stages import leave_alone
 from lora_converter.titan.plan_stand_ins import Answers, CompiledLoss, stand_ins
 
@@ -183,7 +184,10 @@ class _Steps:
         trainer.train_step(self._batches())
         return Estimate(
             trained=sum(p.numel() for p in trained),
-            frozen=sum(p.numel() for p in frozen),
+            frozen=sum(
+                count_elements(part, [p for p in part.parameters() if not p.requires_grad])
+                for part in trainer.model_parts
+            ),
             sizes=sizes,
             saved=self.saved,
             most=dict(live.most),

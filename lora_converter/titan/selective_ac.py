@@ -10,6 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn as nn
+
+from lora_converter.packed_module import shown_unpacked
 from lora_converter.packed_ops import as_product
 
 
@@ -27,3 +30,14 @@ def count_as_products(create_contexts: Callable[..., Any]) -> Callable[..., Any]
 
 def _asked_about_products(policy: Callable[..., Any]) -> Callable[..., Any]:
     return lambda ctx, func, *args, **kwargs: policy(ctx, *as_product(func, args), **kwargs)
+
+
+def shapes_of_packed(apply_op_sac: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`_apply_op_sac`, which is told of linears whose products are recomputed, and reads the shapes of their weights."""
+
+    @functools.wraps(apply_op_sac)
+    def apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        with shown_unpacked(module):
+            return apply_op_sac(module, *args, **kwargs)
+
+    return apply
