@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import packed_experts
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -186,6 +187,7 @@ def refused(folder: Path) -> None:
 
 
 CHECKS: dict[str, Callable[[Path], Any]] = {
+    **packed_experts.CHECKS,  # in one launch
     "packed linears under FSDP2 in bf16 stay packed": in_bf16,
     "adapters on packed linears under TP2, compiled": partial(compiled, sequence=False),
     "packed columns that a rank cannot have whole blocks of are refused": refused,

@@ -1,0 +1,100 @@
+"""Whole models with packed weights are counted, and checkpointed, by their weights and not by their bytes."""
+
+import copy
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn as nn
+from harness import TINY, install
+from torch.utils._pytree import tree_leaves
+from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
+from torchtitan.protocols.train_spec import get_train_spec
+
+from lora_converter import LoRAConfig, apply_lora
+from lora_converter.adapters import count_parameters
+from lora_converter.experts import expert_shapes, experts_of, pack_experts
+from lora_converter.linear import linear_shapes, linears_of
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packed_linear import pack_linear
+from lora_converter.packed_module import packed_weights
+from lora_converter.titan.experts import EXPERT_CLASSES
+from lora_converter.titan.flops import flops_not_spent
+from lora_converter.titan.models import built_on_meta
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """All linears of its layers that blocks fill, and all routed experts."""
+    for fqn, linear in linears_of(model).items():
+        if fqn.startswith("layers.") and FORMATS["nf4"].fits(linear.in_features) and "router" not in fqn:
+            pack_linear(linear, form="nf4", fqn=fqn)
+    for fqn, (experts, kind) in experts_of(model, EXPERT_CLASSES).items():
+        pack_experts(experts, kind, form="mxfp4", fqn=fqn)
+    return model
+
+
+def flops(model: Any) -> int:
+    """Per token, as the trainer has them."""
+    return model.model_args.get_nparams_and_flops(model, 2048)[1] - flops_not_spent(model, 2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor"),
+    [("llama3", "debugmodel"), ("qwen3", "debugmodel_moe"), ("deepseek_v3", "debugmodel"), ("gpt_oss", "debugmodel")],
+)
+def test_they_are_counted_as_the_models_of_the_unpacked_weights(name: str, flavor: str) -> None:
+    spec = get_train_spec(name)
+    dense = built_on_meta(spec, spec.model_args[flavor], JobConfig())
+    packed = pack(copy.deepcopy(dense))
+    names = {name for name, param in packed.named_parameters() if param.dtype is torch.uint8}
+    assert len(names) == len([*packed_weights(packed)]) > 10 and any("experts" in n for n in names) == (name != "llama3")
+    assert expert_shapes(packed) == expert_shapes(dense, EXPERT_CLASSES)
+    before = {n: param.shape for n, param in packed.named_parameters()}
+    for model in (dense, packed):
+        targets = ["all-linear", *(["experts"] if name != "llama3" else [])]
+        apply_lora(model, LoRAConfig(rank=4, target_modules=targets), expert_classes=EXPERT_CLASSES)
+    assert count_parameters(packed) == count_parameters(dense) and linear_shapes(packed) == linear_shapes(dense)
+    assert flops(packed) == flops(dense)
+    assert {n: param.shape for n, param in packed.named_parameters() if n in before} == before
+
+
+def kept(model: nn.Module) -> Counter[tuple[int, ...]]:
+    """Shapes that selective activation checkpointing keeps of one forward, rows together."""
+    storages: list[Any] = []
+    init = torch.utils.checkpoint._CachingTorchDispatchMode.__init__
+
+    def note(mode: Any, policy: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
+        storages.append(storage)
+        init(mode, policy, storage, *args, **kwargs)
+
+    with mock.patch.object(torch.utils.checkpoint._CachingTorchDispatchMode, "__init__", note):
+        model(torch.zeros(2, 16, dtype=torch.int64))
+    entries = [entry for storage in storages for calls in storage.values() for entry in calls.values()]
+    values = [getattr(wrapped, "val", None) for entry in entries for wrapped in tree_leaves(entry)]
+    return Counter(tuple(v.flatten(0, -2).shape) for v in values if isinstance(v, torch.Tensor) and v.numel())
+
+
+def test_products_that_are_named_are_recomputed_as_the_dense_ones_are() -> None:
+    install()
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        made = Transformer(TransformerModelArgs(**TINY))
+    made.requires_grad_(False).to_empty(device="cpu").init_weights()
+    found = {}
+    for fqns in ([], ["attention.wk", "feed_forward.w1"]):
+        settings = ActivationCheckpoint(
+            mode="selective", selective_ac_option="op", per_op_sac_force_recompute_mm_shapes_by_fqns=fqns
+        )
+        for which in ("dense", "packed"):
+            model = copy.deepcopy(made) if which == "dense" else pack(copy.deepcopy(made))
+            model.requires_grad_(False).tok_embeddings.requires_grad_()
+            apply_ac(model, settings, op_sac_save_list=_op_sac_save_list)
+            found[which, bool(fqns)] = kept(model)
+        assert found["packed", bool(fqns)] == found["dense", bool(fqns)]
+    assert found["dense", True] != found["dense", False]
+    assert all(p.dtype is torch.uint8 for n, p in model.named_parameters() if n.endswith("wk.weight"))
