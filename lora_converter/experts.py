@@ -19,7 +19,7 @@ No activation needs a collective for it, and the gradient of a whole factor is a
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
@@ -31,8 +31,8 @@ from lora_converter.config import LoRAConfig
 from lora_converter.grouped import grouped_linear
 from lora_converter.names import plain_modules
 from lora_converter.ops import low_rank_linear
-from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_experts import RoutedExperts
+from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_ops import packed_linear
 from lora_converter.swap import check_forward_is_called, follow_hook, swap_class, unswapped
 from lora_converter.tensor_parallel import place_beside, whole_beside

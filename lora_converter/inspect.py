@@ -1,5 +1,6 @@
 """What an adapter or a merged model holds, in words and numbers: the text of `lora-converter inspect`."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
     parameters, size, equal, lines = 0, 0, 0, []
     for key, shape in weights.shapes.items():
         weight = weights.read(key)
-        parameters, size = parameters + weight.numel(), size + weight.nbytes
+        parameters, size = parameters + weights.elements(key), size + weight.nbytes
         flag = _flag([weight])
         if of_base and of_base.shapes.get(key, shape) != shape:
             raise ValueError(f"{key} is {shape} in {folder} and {of_base.shapes[key]} in {base}.")
@@ -86,6 +87,10 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         "",
     ]
     return "\n".join([*head, *lines])
+
+
+_SCALES = {"_scales": "_blocks", "_scale_inv": ""}
+"""How scales are named -> how the weight beside them is: gpt-oss's and DeepSeek's."""
 
 
 class _Weights:
@@ -115,6 +120,12 @@ class _Weights:
             self._path = self._places[key][0]
             self._file = safe_open(self._path, framework="pt")
         return self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1]
+
+    def elements(self, key: str) -> int:
+        """Of the weights that a tensor holds: two in a byte of MXFP4's blocks, and none in scales beside a weight."""
+        if any(key.endswith(end) and key.removesuffix(end) + of in self._places for end, of in _SCALES.items()):
+            return 0
+        return math.prod(self.shapes[key]) * (2 if key.endswith("_blocks") else 1)
 
     def norm(self, key: str, row: int | None = None) -> float:
         """Of what `read` gives."""

@@ -24,8 +24,10 @@ def low_rank_updates(left: Tensor, right: Tensor, weight: Tensor, *, scaling: fl
     Args:
         left: L, whole or sharded; then this is a collective, of all ranks that share the weight.
         right: R, as L.
+        weight: Whose dims and placements count; of a packed one the last dim is that of a block's bytes.
     """
-    rows, columns = weight.ndim - 2, weight.ndim - 1
+    dims = weight.ndim - (weight.dtype is torch.uint8)
+    rows, columns = dims - 2, dims - 1
     experts = {dim: dim for dim in range(rows)}
     ours = _part_beside(left, weight, {**experts, rows: rows}).to(weight.device)
     others = _part_beside(right, weight, {**experts, columns: rows}).to(weight.device)
@@ -82,7 +84,9 @@ def _part_beside(factor: Tensor, weight: Tensor, shared: dict[int, int]) -> Tens
         return factor.redistribute(placements=wanted).to_local()
     part = full_tensor(factor)
     for dim, own in shared.items():
-        part = part.index_select(own, local_indices(weight, dim).to(part.device))
+        each = part.shape[own] // weight.shape[dim]  # columns of a packed block
+        indices = local_indices(weight, dim).unsqueeze(1) * each + torch.arange(each)
+        part = part.index_select(own, indices.flatten().to(part.device))
     return part
 
 

@@ -30,7 +30,7 @@ class _Trained:
 
 
 def flops_not_spent(model: nn.Module, seq_len: int) -> int:
-    """What torchtitan counts too much per token; negative if it counts too little, since packed weights have fewer bytes.
+    """What torchtitan counts too much per token; negative if it counts too little, as of packed weights.
 
     It counts 2 too many for every frozen parameter that it counts 6 for. Routed experts count as far as they are
     active, and embeddings not at all: its formula is asked with and without the frozen parameters, and the difference

@@ -25,8 +25,8 @@ from torchtitan.protocols import train_spec
 from torchtitan.train import Trainer
 
 from lora_converter.live_bytes import COMMUNICATION, LiveBytes
-from lora_converter.plan import ACTIVATIONS, BASE, BUFFERS, GRADIENTS, LOSS, OPTIMIZER, TRAINED, WORKING, Estimate
 from lora_converter.packed_module import count_elements
+from lora_converter.plan import ACTIVATIONS, BASE, BUFFERS, GRADIENTS, LOSS, OPTIMIZER, TRAINED, WORKING, Estimate
 from lora_converter.titan.plan_stages import leave_alone
 from lora_converter.titan.plan_stand_ins import Answers, CompiledLoss, stand_ins
 

@@ -33,7 +33,7 @@ def _asked_about_products(policy: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shapes_of_packed(apply_op_sac: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`_apply_op_sac`, which is told of linears whose products are recomputed, and reads the shapes of their weights."""
+    """`_apply_op_sac`, which reads the shapes of weights whose products are to be recomputed."""
 
     @functools.wraps(apply_op_sac)
     def apply(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:

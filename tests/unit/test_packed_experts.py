@@ -19,8 +19,10 @@ from torchtitan.models.moe.moe import GroupedExperts  # noqa: E402
 from lora_converter import (  # noqa: E402
     LoRAConfig,
     adapter_parameters,
+    adapter_state_dict,
     apply_lora,
     disable_adapter,
+    load_adapter_state_dict,
     merge_adapter,
     unload_adapter,
 )
@@ -184,11 +186,26 @@ def test_they_are_copied_and_pickled(which: str, way: Callable[[Layer], Layer], 
     assert type(found.experts) is type(layer.experts) and torch.equal(found(X), layer(X))
 
 
-def test_what_an_adapter_adds_is_what_it_adds_to_the_unpacked_weights() -> None:
+def test_an_adapter_is_the_one_on_the_dense_experts_in_what_it_adds_and_as_a_state_dict() -> None:
     packed, dense = pair("GroupedExperts", grouped=False)
     for weight in packed.experts.expert_weights:
         found, expected = ([*layer.experts.local_updates(weight)] for layer in (packed, dense))
         assert len(found) == EXPERTS and all(map(torch.equal, found, expected))
+    state = adapter_state_dict(packed)
+    assert state.keys() == adapter_state_dict(dense).keys()
+    other, _ = plain_pair("GroupedExperts", grouped=False)
+    apply_lora(other, LoRAConfig(rank=3, target_modules=["experts"]), expert_classes=EXPERT_CLASSES)
+    load_adapter_state_dict(other, state)
+    assert torch.equal(other(X), packed(X))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_compiled_they_are_the_same(adapted: bool) -> None:
+    layer, _ = (pair if adapted else plain_pair)("GroupedExperts", grouped=True)
+    expected = out_and_gradients(layer)
+    layer.compile(backend="aot_eager")
+    for found, value in zip(out_and_gradients(layer), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_packed_is_left_as_it_was() -> None:

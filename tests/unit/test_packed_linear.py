@@ -12,11 +12,14 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from lora_converter import (
     LoRAConfig,
     adapter_parameters,
+    adapter_state_dict,
     apply_lora,
     disable_adapter,
+    load_adapter_state_dict,
     merge_adapter,
     unload_adapter,
 )
+from lora_converter.adapted import adapted_modules
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_linear import PackedLinear, pack_linear
 
@@ -117,6 +120,20 @@ def test_merging_into_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"0\.weight is packed \(nf4\): an update cannot be merged into it\."):
         merge_adapter(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_is_the_one_on_the_dense_linear_in_what_it_adds_and_as_a_state_dict() -> None:
+    model, dense = with_adapters(packed(make_model())), with_adapters(unpacked())
+    for found, expected in zip(adapted_modules(model), adapted_modules(dense), strict=True):
+        assert all(map(torch.equal, found.local_updates("weight"), expected.local_updates("weight")))
+    state = adapter_state_dict(model)
+    assert {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in adapter_state_dict(dense).items()
+    }
+    other = packed(make_model())
+    apply_lora(other, LoRAConfig(rank=4))
+    load_adapter_state_dict(other, state)
+    assert torch.equal(other(X), model(X))
 
 
 def through_pickle(model: nn.Module) -> nn.Module:

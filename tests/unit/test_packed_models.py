@@ -51,8 +51,9 @@ def test_they_are_counted_as_the_models_of_the_unpacked_weights(name: str, flavo
     spec = get_train_spec(name)
     dense = built_on_meta(spec, spec.model_args[flavor], JobConfig())
     packed = pack(copy.deepcopy(dense))
-    names = {name for name, param in packed.named_parameters() if param.dtype is torch.uint8}
-    assert len(names) == len([*packed_weights(packed)]) > 10 and any("experts" in n for n in names) == (name != "llama3")
+    names = {n for n, param in packed.named_parameters() if param.dtype is torch.uint8}
+    assert len(names) == len([*packed_weights(packed)]) > 10
+    assert any("experts" in n for n in names) == (name != "llama3")
     assert expert_shapes(packed) == expert_shapes(dense, EXPERT_CLASSES)
     before = {n: param.shape for n, param in packed.named_parameters()}
     for model in (dense, packed):
