@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.peft_directory import load_peft, save_peft
-from lora_converter.inspect import _Weights, describe_adapter
+from lora_converter.inspect import _Weights, describe_adapter, describe_model
 from lora_converter.inspect_experts import update_norm
 
 EXPERTS, WIDE, NARROW, RANK = 12, 20, 16, 3
@@ -136,3 +136,16 @@ def test_norms_need_no_product_and_are_exact_for_small_updates_of_large_factors(
     with Made() as made:
         found = update_norm(a, b, 1.0)
     assert abs(found - expected) < 1e-3 * expected and made.largest <= 2 * 300
+
+
+def test_a_released_model_is_counted_by_its_weights(tmp_path: Path) -> None:
+    tensors = {
+        "experts.gate_up_proj_blocks": torch.ones(2, 8, 3, 16, dtype=torch.uint8),
+        "experts.gate_up_proj_scales": torch.ones(2, 8, 3, dtype=torch.uint8),
+        "q.weight": torch.ones(4, 6).to(torch.float8_e4m3fn),
+        "q.weight_scale_inv": torch.ones(1, 1),
+        "lone_scales": torch.ones(5),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = sum(value.nbytes for value in tensors.values())
+    assert f"5 weights, {2 * 8 * 3 * 32 + 4 * 6 + 5:,} parameters, {size:,} bytes" in describe_model(tmp_path)
