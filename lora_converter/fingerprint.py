@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lora_converter.adapted import adapter_parameters, reshard
 from lora_converter.names import plain_parameters
 from lora_converter.packed_formats import FORMATS
-from lora_converter.packing import packed_weights
+from lora_converter.packed_module import packed_formats
 from lora_converter.tensors import local_part
 
 _ELEMENTS_AT_A_TIME = {"cpu": 2**17, "cuda": 2**20}
@@ -62,7 +62,7 @@ def base_sums(
     base = {name: param for name, param in plain_parameters(model) if id(param) not in adapters}
     if not base:
         return {}
-    forms = {name: form for name, (_, form) in packed_weights(model).items()}
+    forms = packed_formats(model)
 
     def own_sums(name: str) -> torch.Tensor:
         if name in before_packing:

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
+from lora_converter.names import plain_parameters
 from lora_converter.packed_formats import FORMATS
 from lora_converter.swap import reduced
 
@@ -60,6 +61,12 @@ def packed_weights(model: nn.Module) -> Iterator[tuple[PackedModule, str]]:
     for module in model.modules():
         if isinstance(module, PackedModule):
             yield from ((module, name) for name in module.packed_names())
+
+
+def packed_formats(model: nn.Module) -> dict[str, str]:
+    """Plain name of each packed weight of a model -> the name of its format."""
+    forms = {id(module.get_parameter(name)): module.packed_format for module, name in packed_weights(model)}
+    return {name: forms[id(param)] for name, param in plain_parameters(model) if id(param) in forms}
 
 
 def count_elements(model: nn.Module, params: Iterable[nn.Parameter]) -> int:

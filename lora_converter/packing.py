@@ -6,23 +6,18 @@ number of blocks.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
 from lora_converter.experts import ExpertClasses, experts_of, pack_experts
 from lora_converter.linear import linears_of
-from lora_converter.names import plain_modules, plain_parameters
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_linear import pack_linear
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, matches
-from lora_converter.tensors import local_part, with_local
 
 
 @dataclass(frozen=True)
@@ -87,63 +82,9 @@ def pack_model(
         pack_linear(linear, form=packed[f"{fqn}.weight"], fqn=fqn)
     for fqn, (module, kind) in experts.items():
         if form := packed.get(f"{fqn}.{kind.expert_weights[0]}"):
-            pack_experts(module, kind, form=form)
+            pack_experts(module, kind, form=form, fqn=fqn)
     saved = sum(
         2 * math.prod(shapes[name]) - math.prod(FORMATS[form].packed_shape(shapes[name]))
         for name, form in packed.items()
     )
     return Packing(packed, left, saved)
-
-
-def packed_weights(model: nn.Module) -> dict[str, tuple[torch.Tensor, str]]:
-    """Plain name of each packed weight of a model -> (the parameter, its format)."""
-    forms = {id(module.get_parameter(name)): form for module, name, form in _owners(model)}
-    return {name: (param, forms[id(param)]) for name, param in plain_parameters(model) if id(param) in forms}
-
-
-@contextmanager
-def packed_weights_hidden(model: nn.Module) -> Iterator[None]:
-    """Has weights without data in the place of packed ones, for whoever initialises all that a model has."""
-    owners = list(_owners(model))
-    packed = [module.get_parameter(name) for module, name, _ in owners]
-    for (module, name, form), param in zip(owners, packed, strict=True):
-        _replace(module, name, torch.empty(FORMATS[form].weight_shape(param.shape), device="meta"))
-    try:
-        yield
-    finally:
-        for (module, name, _), param in zip(owners, packed, strict=True):
-            module._parameters[name] = param
-
-
-@contextmanager
-def packed_weights_as_floats(model: nn.Module) -> Iterator[None]:
-    """Has the same bytes as float8 in the place of packed weights, for whoever makes new parameters of a model's.
-
-    Parameters are trainable unless one says otherwise, and torch makes none of integers.
-    """
-    owners = list(_owners(model))
-    for module, name, _ in owners:
-        _replace(module, name, _viewed(module.get_parameter(name), torch.float8_e4m3fn))
-    try:
-        yield
-    finally:
-        for module, name, _ in owners:
-            _replace(module, name, _viewed(module.get_parameter(name), torch.uint8))
-
-
-def _owners(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Of each packed weight the module, its name there, and its format."""
-    for _, module in plain_modules(model):
-        for name, param in module.named_parameters(recurse=False):
-            if param.dtype is torch.uint8 and (form := vars(module).get("packed_format")):
-                yield module, name, form
-
-
-def _replace(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Not by the module's own `register_parameter`, which does more than that."""
-    module._parameters[name] = nn.Parameter(value, requires_grad=False)
-
-
-def _viewed(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    own = local_part(value.detach()).view(dtype)
-    return with_local(own, value, value.shape) if isinstance(value, DTensor) else own

@@ -14,7 +14,7 @@ from lora_converter.dcp.twins import Twins
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
-from lora_converter.packing import packed_weights
+from lora_converter.packed_module import packed_formats
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
@@ -78,7 +78,7 @@ class RunModel:
 
     def twins(self) -> Twins:
         """The base, to be read into."""
-        formats = {name: form for part in self.parts for name, (_, form) in packed_weights(part).items()}
+        formats = {name: form for part in self.parts for name, form in packed_formats(part).items()}
         return Twins(self.base, formats)
 
     def take_fingerprint(self, before_packing: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:

@@ -51,12 +51,6 @@ CHANGES = (
         "torchtitan's main takes arguments",
     ),
     Change(
-        "torchtitan.distributed.expert_parallel:distribute_module",
-        "packed_base:shard_packed_experts",
-        "makes the sharded weights of experts trainable, which packed ones, of integers, cannot be",
-        "its sharding of experts keeps requires_grad",
-    ),
-    Change(
         "torch.utils.checkpoint:create_selective_checkpoint_contexts",
         "selective_ac:count_as_products",
         "op-SAC knows matrix products, and not the operator of an adapted linear",

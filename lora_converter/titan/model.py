@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from lora_converter.adapters import freeze_base, reset_adapters
-from lora_converter.packing import packed_weights_hidden
+from lora_converter.packed_module import shown_unpacked
 from lora_converter.run.job import Job
 from lora_converter.tensor_parallel import mark_partial_gradients
 from lora_converter.titan.optimizer import mark_mean_gradients
@@ -31,7 +31,7 @@ class LoRAModel(nn.Module):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
-        with packed_weights_hidden(self):
+        with shown_unpacked(self):
             cast(Any, super()).init_weights(buffer_device=buffer_device)
         start = time.perf_counter()
         reset_adapters(self, seed=self.lora_job.seed)

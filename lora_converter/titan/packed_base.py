@@ -1,7 +1,6 @@
 """`lora.base_format` on torchtitan: what it does not go with, and the packing of a model before it gets adapters."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn as nn
@@ -11,7 +10,7 @@ from lora_converter.figures import short
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.quantized import packed_parts, quantization_everywhere
 from lora_converter.packed_formats import FORMATS
-from lora_converter.packing import Packing, pack_model, packable, packed_weights_as_floats
+from lora_converter.packing import Packing, pack_model, packable
 from lora_converter.run.job import AS_RELEASED, Job
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.job import base_of
@@ -90,17 +89,6 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
     else:
         formats = {name: stored[name] if stored.get(name, "").startswith(form) else form for name in shapes}
     logger.info(_describe(pack_model(model, formats, expert_classes=EXPERT_CLASSES)))
-
-
-def shard_packed_experts(distribute_module: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Shards modules of packed experts as others."""
-
-    @functools.wraps(distribute_module)
-    def sharded(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        with packed_weights_as_floats(module):
-            return distribute_module(module, *args, **kwargs)
-
-    return sharded
 
 
 def _describe(done: Packing) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, WIDE, WIDE_LLAMA
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from lora_converter.packing import packed_weights
+from lora_converter.packed_module import packed_formats
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,7 +54,7 @@ def same_runs(run: Run, expected: Run) -> None:
 
 
 def formats_of(run: Run) -> set[str]:
-    return {form for _, form in packed_weights(run.trainer.model_parts[0]).values()}
+    return set(packed_formats(run.trainer.model_parts[0]).values())
 
 
 def fingerprint(run: Run) -> str:
