@@ -5,6 +5,7 @@ The optimizer's eps is 1e-5: Adam's first steps are g / (|g| + eps), which turns
 here 1e-9 and less, into a step of full size unless eps stands well above it.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from launch import main
 from tiny_models import base_options
 
 from lora_converter.adapted import adapter_parameters, stable_hash
-from lora_converter.tensors import copy_full_
+from lora_converter.packed_module import packed_formats
+from lora_converter.tensors import copy_full_, full_tensor
 from lora_converter.titan import optimizer
 
 STEPS, ROWS, TOKENS = 10, 8, 64
@@ -286,6 +288,19 @@ def whole_adapter(run: Run) -> dict[str, torch.Tensor]:
     return {name: value for part in gathered for name, value in part.items()}
 
 
+def packed_base(run: Run) -> dict[str, str]:
+    """A digest of each packed weight, of all pipeline stages, on every rank."""
+    base = run.trainer.checkpointer.run.model.base.state_dict()
+    own = {
+        name: hashlib.sha256(full_tensor(base[name]).numpy().tobytes()).hexdigest()
+        for part in run.trainer.model_parts
+        for name in packed_formats(part)
+    }
+    gathered: list[dict] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return {name: value for part in gathered for name, value in part.items()}
+
+
 def losses_of(run: Run) -> list[float]:
     """Under PP the last stage alone knows the loss; the others log -1."""
     losses = torch.tensor(run.losses, dtype=torch.float64)
@@ -310,6 +325,7 @@ def train_row(row: Row, folder: Path, bases: Path, *more: str) -> dict[str, Any]
         "initial": initial,
         "final": whole_adapter(run),
         "sums": sums,
+        "packed": packed_base(run),
     }
 
 
@@ -321,6 +337,7 @@ def compare_row(name: str, folder: Path) -> dict[str, float]:
     assert result["initial"].keys() == reference["initial"].keys()
     unequal = [n for n in result["initial"] if not torch.equal(result["initial"][n], reference["initial"][n])]
     assert not unequal, f"initial adapters differ: {unequal}"
+    assert result["packed"] == reference["packed"]
     # One all-reduce per step completes the gradients under TP, however many micro-batches, stages and shards there are.
     trains_here = bool(result["final"]) and not name.startswith("adapters in")
     assert result["sums"] == [int("TP2" in name and trains_here)] * STEPS, result["sums"]

@@ -1,18 +1,26 @@
 """Runs on packed bases, against the same runs on the bases that other libraries dequantise."""
 
 import json
+import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from harness import Run, adapter_state, build, train
+from harness import BASE_CONFIG, Run, adapter_state, build, full_state, train
 from hf_models import save_tiny_llama
+from memory import Made
 from safetensors.torch import load_file, save_file
+from test_checkpoint import failing
 from tiny_models import MODELS, WIDE, WIDE_LLAMA
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from lora_converter.dcp import twins
+from lora_converter.dcp.reader import read_metadata
+from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
 
 Tensors = dict[str, torch.Tensor]
@@ -105,6 +113,65 @@ def test_its_base_is_known_by_what_was_packed(packed: Run, base: Path, tmp_path:
     dense.trainer.checkpointer.load()
     dense.trainer.close()
     assert fingerprint(packed) == fingerprint(dense)
+
+
+def test_a_step_holds_adapters_alone_and_is_resumed(packed: Run, base: Path, tmp_path: Path) -> None:
+    folder = Path(packed.trainer.job_config.job.dump_folder)
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoint/step-3")
+    stored = read_metadata(folder / "checkpoint/step-3").state_dict_metadata
+    assert not stored.keys() & packed.trainer.checkpointer.run.model.base.state_dict().keys()
+    again = train(tmp_path / "run", *on(base, NF4))
+    assert again.losses == packed.losses[2:]
+    theirs = adapter_state(packed)
+    assert all(torch.equal(value, theirs[name]) for name, value in adapter_state(again).items())
+
+
+@pytest.mark.parametrize("way", ["resume", "start from"])
+def test_another_format_is_another_base(
+    packed: Run, base: Path, tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = Path(packed.trainer.job_config.job.dump_folder) / "checkpoint/step-3"
+    options: tuple[str, ...] = on(base, "--training.steps=4", "--lr_scheduler.total_steps=4")
+    if way == "resume":
+        shutil.copytree(step.parents[1], tmp_path / "run")
+        step = tmp_path / "run/checkpoint/step-3"
+    else:
+        options = (*options, f"--lora.initial_adapter_path={step}")
+    _, message = failing(tmp_path / "run", *options)
+    both = f"{step} was trained on a base with lora.base_format = 'nf4'; here it is ''."
+    assert message == f"{both} Set it to 'nf4', or set lora.accept_other_base = true."
+    for remedy in ("--lora.accept_other_base", NF4):
+        run = build(tmp_path / "run", *options, remedy)
+        run.trainer.checkpointer.load()
+        run.trainer.close()
+        theirs = adapter_state(packed)
+        assert all(torch.equal(value, theirs[name]) for name, value in adapter_state(run).items())
+    assert f"{both} lora.accept_other_base is set, so it is used all the same." in caplog.text
+
+
+def test_a_dcp_base_is_packed_as_a_folder_of_hugging_face(packed: Run, base: Path, tmp_path: Path) -> None:
+    train(tmp_path / "base", *on(base, "--training.steps=1", "--optimizer.lr=0"), config=BASE_CONFIG)
+    dcp = f"--checkpoint.initial_load_path={tmp_path}/base/checkpoint/step-1"
+    run = build(tmp_path / "run", *WIDE, dcp, NF4)
+    run.trainer.checkpointer.load()
+    run.trainer.close()
+    theirs, ours = (full_state(each) for each in (packed, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in packed_formats(run.trainer.model_parts[0]))
+    assert fingerprint(run) == fingerprint(packed)
+
+
+def test_no_more_than_a_few_modules_are_dense_at_a_time(base: Path, tmp_path: Path) -> None:
+    """Everything that the load makes: what it reads into, what is read, what packing takes."""
+    run = build(tmp_path, *on(base, NF4))
+    largest = 2 * 384 * 128  # of one module, bf16
+    with mock.patch.object(twins, "_AT_A_TIME", largest), Made() as made:
+        run.trainer.checkpointer.load()
+    run.trainer.close()
+    formats, state = packed_formats(run.trainer.model_parts[0]), full_state(run)
+    every = sum(2 * prod(FORMATS[form].weight_shape(state[name].shape)) for name, form in formats.items())
+    assert every > 10 * largest
+    assert largest < made.peak < 6 * largest  # to be packed, its blocks stand there in fp32 and as their codes
 
 
 @pytest.mark.parametrize("form", ["", "nf4", "as-released"])
