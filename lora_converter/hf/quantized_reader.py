@@ -107,7 +107,7 @@ def _read(files: Files, weight: QuantizedWeight, item: ReadItem, target: torch.T
     if not target.numel():
         return
     *lead, rows, columns = slices[:-1] if is_packed else slices
-    step = max(_VALUES // ((columns.stop - columns.start) * (weight.format.block if is_packed else 1)), 1)
+    step = max(_VALUES // weight.shape[-1], 1)
     for matrix in itertools.product(*(range(s.start, s.stop) for s in lead)):
         into = target[tuple(index - s.start for index, s in zip(matrix, lead, strict=True))]
         for start in range(rows.start, rows.stop, step):

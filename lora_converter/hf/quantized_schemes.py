@@ -62,14 +62,18 @@ class Scheme(ABC):
         """Stored name -> dtype."""
         return {name: entry.dtype for name, (_, entry) in self._model.weights.items()}
 
-    def _stored(self, name: str, dtypes: Sequence[str] = (), shape: Sequence[int] | None = None) -> Stored:
+    def _stored(self, name: str) -> Stored:
         if name not in self._model.weights:
             raise ValueError(f"{self._model.path} is not complete: {name} is missing.")
-        file, entry = self._model.weights[name]
-        if (dtypes and entry.dtype not in dtypes) or (shape is not None and entry.shape != list(shape)):
-            wanted = " ".join(["/".join(dtypes), "" if shape is None else str(list(shape))]).strip()
-            raise self._damaged(name, f"it is {entry.dtype} {entry.shape}, and should be {wanted}")
-        return Stored(name, file, entry)
+        return Stored(name, *self._model.weights[name])
+
+    def _part(self, of: str, name: str, dtypes: Sequence[str], shape: Sequence[int]) -> Stored:
+        """What belongs to a weight, of the dtype and shape that it has then."""
+        stored = self._stored(name)
+        if stored.entry.dtype not in dtypes or stored.entry.shape != list(shape):
+            found = f"{stored.entry.dtype} {stored.entry.shape}"
+            raise self._damaged(name, f"it is {found}, which for {of} is {' or '.join(dtypes)} {list(shape)}")
+        return stored
 
     def _damaged(self, name: str, why: str) -> ValueError:
         return ValueError(f"{self._model.path} is damaged: {name}: {why}.")
@@ -89,14 +93,15 @@ class BitsandbytesNF4(Scheme):
         codes, state = self._stored(name), self._state(name + _NF4_STATE)
         shape, block = tuple(state["shape"]), state["blocksize"]
         count = math.prod(shape)
-        if codes.entry.shape[1:] != [1] or codes.entry.nbytes != -(-count // 2):
+        rows, nbytes = codes.entry.shape[:1], codes.entry.nbytes
+        if codes.entry.shape != [*rows, 1] or nbytes != -(-count // 2) or nbytes % rows[0]:
             raise self._damaged(name, f"it is {codes.entry.dtype} {codes.entry.shape}, and holds no weight of {shape}")
-        quant_map = self._stored(name + ".quant_map", ["F32"], [16])
+        quant_map = self._part(name, name + ".quant_map", ["F32"], [16])
         if not torch.allclose(self._files.read(quant_map), _nf4_values(), rtol=0, atol=1e-6):
             raise self._damaged(quant_map.name, "it is not NF4's")
         blocks = -(-count // block)
         nested = self._nested(name, state, blocks)
-        absmax = self._stored(name + ".absmax", ["U8" if nested else "F32"], [blocks])
+        absmax = self._part(name, name + ".absmax", ["U8" if nested else "F32"], [blocks])
         return NF4Weight(name, shape, "nf4-fp32", codes, absmax, block, nested)
 
     def _nested(self, name: str, state: dict[str, Any], blocks: int) -> Nested | None:
@@ -107,12 +112,12 @@ class BitsandbytesNF4(Scheme):
             raise self._damaged(name + _NF4_STATE, "it does not say what its nested absmaxes are")
         if state.get("nested_dtype") != "float32":
             raise self._damaged(name + _NF4_STATE, "its absmaxes are not of fp32")
-        absmax = self._stored(name + ".nested_absmax", ["F32"], [-(-blocks // block)])
-        return Nested(absmax, self._stored(name + ".nested_quant_map", ["F32"], [256]), block, offset)
+        absmax = self._part(name, name + ".nested_absmax", ["F32"], [-(-blocks // block)])
+        return Nested(absmax, self._part(name, name + ".nested_quant_map", ["F32"], [256]), block, offset)
 
     def _state(self, name: str) -> dict[str, Any]:
-        stored = self._stored(name, ["U8"])
-        if len(stored.entry.shape) != 1 or stored.entry.nbytes > _STATE_BYTES:
+        stored = self._stored(name)
+        if stored.entry.dtype != "U8" or len(stored.entry.shape) != 1 or stored.entry.nbytes > _STATE_BYTES:
             raise self._damaged(name, f"it is no JSON of at most {_STATE_BYTES} bytes")
         try:
             state = json.loads(self._files.read(stored).numpy().tobytes())
@@ -145,11 +150,11 @@ class MXFP4Blocks(Scheme):
         return [name.removesuffix("_blocks") + "_scales"]
 
     def weight(self, name: str) -> QuantizedWeight:
-        codes = self._stored(name, ["U8"])
+        codes = self._stored(name)
         shape = codes.entry.shape
-        if len(shape) < 3 or shape[-1] != 16:
-            raise self._damaged(name, f"it is of shape {shape}, and no blocks of 16 bytes")
-        scales = self._stored(self.parts(name)[0], ["U8"], shape[:-1])
+        if codes.entry.dtype != "U8" or len(shape) < 3 or shape[-1] != 16:
+            raise self._damaged(name, f"it is {codes.entry.dtype} {shape}, and no blocks of 16 bytes")
+        scales = self._part(name, self.parts(name)[0], ["U8"], shape[:-1])
         return MXFP4Weight(name, (*shape[:-2], shape[-2] * 32), "mxfp4", codes, scales)
 
 
@@ -165,11 +170,11 @@ class FP8Blocks(Scheme):
         return [name + "_scale_inv"]
 
     def weight(self, name: str) -> QuantizedWeight:
-        codes = self._stored(name, ["F8_E4M3"])
-        if len(codes.entry.shape) < 2:
-            raise self._damaged(name, f"it is of shape {codes.entry.shape}, and no matrix")
+        codes = self._stored(name)
+        if codes.entry.dtype != "F8_E4M3" or len(codes.entry.shape) < 2:
+            raise self._damaged(name, f"it is {codes.entry.dtype} {codes.entry.shape}, and no matrix in F8_E4M3")
         *lead, rows, columns = codes.entry.shape
-        scales = self._stored(self.parts(name)[0], ["F32", "BF16"], [*lead, -(-rows // 128), -(-columns // 128)])
+        scales = self._part(name, self.parts(name)[0], ["F32", "BF16"], [*lead, -(-rows // 128), -(-columns // 128)])
         return FP8Weight(name, (*lead, rows, columns), "fp8", codes, scales)
 
 

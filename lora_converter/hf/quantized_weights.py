@@ -179,9 +179,8 @@ class NF4Weight(QuantizedWeight):
         first, stop = int(numbers[0, 0]), int(numbers[-1, -1]) + 1
         itemsize = self.codes.entry.nbytes // self.codes.entry.shape[0]  # bytes can be stored as a larger dtype's
         codes = files.read(self.codes, slice(first * 32 // itemsize, stop * 32 // itemsize)).flatten().view(torch.uint8)
-        codes = F.pad(codes, (0, -len(codes) % 32)) if len(codes) % 32 else codes
         absmaxes = self.absmaxes(files, numbers * 64 // self.block)
-        return form.join(codes.view(-1, 32)[numbers - first], absmaxes.to(form.scale_dtype))
+        return form.join(_in_blocks(codes, 32)[numbers - first], absmaxes.to(form.scale_dtype))
 
     @staticmethod
     def _at(files: Files, stored: Stored, numbers: Tensor) -> Tensor:
@@ -207,8 +206,13 @@ class FP8Weight(QuantizedWeight):
         assert isinstance(form, FP8Blocks)
         columns = slice(blocks.start * 128, min(blocks.stop * 128, self.shape[-1]))
         codes = files.read(self.codes, *lead, rows, columns).flatten(0, -2).view(torch.uint8)
-        codes = F.pad(codes, (0, -codes.shape[-1] % 128)).unflatten(-1, (-1, 128))
         groups = slice(rows.start // 128, -(-rows.stop // 128))
         scales = files.read(self.scales, *lead, groups, blocks).flatten(0, -2).float()
         first = rows.start % 128
-        return form.join(codes, form.per_row(scales, first + rows.stop - rows.start)[first:])
+        return form.join(_in_blocks(codes, 128), form.per_row(scales, first + rows.stop - rows.start)[first:])
+
+
+def _in_blocks(codes: Tensor, size: int) -> Tensor:
+    """(..., bytes) -> (..., blocks, size), with zeros at the end of a last one that ends early."""
+    missing = -codes.shape[-1] % size
+    return (F.pad(codes, (0, missing)) if missing else codes).unflatten(-1, (-1, size))
