@@ -52,13 +52,20 @@ def any_bytes(*shape: int, most: int = 256) -> torch.Tensor:
     return torch.randint(most, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def nf4_tensors(weight: torch.Tensor, *, nested: bool = False, block: int = 64) -> tuple[Tensors, torch.Tensor]:
+def nf4_tensors(
+    weight: torch.Tensor, *, nested: bool = False, block: int = 64, nested_block: int = 256
+) -> tuple[Tensors, torch.Tensor]:
     """As bitsandbytes saves a weight, and as it dequantizes it, to fp32.
 
     Their kernel for CPUs (0.50.2) starts the blocks of a matrix anew in each row. Of a flat weight it computes what
     their other kernels do.
     """
-    codes, state = bitsandbytes.quantize_4bit(weight, quant_type="nf4", blocksize=block, compress_statistics=nested)
+    codes, state = bitsandbytes.quantize_4bit(weight, quant_type="nf4", blocksize=block)
+    if nested:  # as `compress_statistics`, which has blocks of 256
+        state.offset, state.nested = state.absmax.mean(), True
+        state.absmax, state.state2 = bitsandbytes.quantize_blockwise(
+            state.absmax - state.offset, blocksize=nested_block
+        )
     parts = {f"x.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
     state.dtype, state.shape = torch.float32, torch.Size([2 * codes.numel()])
     dense = bitsandbytes.dequantize_4bit(codes, state)
@@ -128,6 +135,7 @@ def check(folder: Path, name: str, dense: torch.Tensor, form: str | None) -> Non
     packing = FORMATS[form]
     shape = packing.packed_shape(tuple(dense.shape))
     slices = [(*some[:-1], slice(0, shape[-1])) for some in some_slices(shape)]
+    slices.append((*slices[-1][:-1], slice(3, 7)))
     whole, *parts = read_slices(folder, name + PACKED, slices, torch.uint8)
     assert torch.equal(packing.unpack(whole, torch.float32), dense)
     assert all(torch.equal(part, whole[some]) for part, some in zip(parts, slices[1:], strict=True))
@@ -181,7 +189,7 @@ def test_what_transformers_saves_in_nf4_is_read_as_bitsandbytes_dequantizes_it(
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("shape", [(40, 320), (3, 6, 128)])
+@pytest.mark.parametrize("shape", [(40, 320), (2, 3, 6, 128)])
 def test_nf4_in_slices(shape: tuple[int, ...], nested: bool, tmp_path: Path) -> None:
     tensors, dense = nf4_tensors(normal(*shape).bfloat16(), nested=nested)
     check(write(tmp_path, tensors, NF4_CONFIG), "x.weight", dense, "nf4-fp32" if nested else "nf4")
@@ -200,6 +208,11 @@ def test_nf4_whose_blocks_go_over_the_ends_of_rows_is_read_dequantized(
 def test_larger_blocks_of_nf4_are_blocks_of_64_with_one_absmax(nested: bool, tmp_path: Path) -> None:
     tensors, dense = nf4_tensors(normal(10, 192).bfloat16(), block=128, nested=nested)  # some go over ends of rows
     check(write(tmp_path, tensors, NF4_CONFIG), "x.weight", dense, "nf4-fp32" if nested else "nf4")
+
+
+def test_blocks_of_absmaxes_may_have_any_size(tmp_path: Path) -> None:
+    tensors, dense = nf4_tensors(normal(40, 320).bfloat16(), nested=True, nested_block=64)
+    check(write(tmp_path, tensors, NF4_CONFIG), "x.weight", dense, "nf4-fp32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -278,12 +291,13 @@ def test_no_more_is_read_than_the_blocks_of_what_is_asked_for(tmp_path: Path, mo
         sizes.append((found := original(self, *args)).nbytes)
         return found
 
-    slices = [(slice(130, 134), slice(0, 1024))]
-    for number, (tensors, most) in enumerate(
+    rows = (slice(130, 134), slice(0, 1024))
+    for number, (tensors, some, most) in enumerate(
         [
-            (nf4_tensors(normal(256, 1024).bfloat16())[0], 4 * 16 * 36),
-            (nf4_tensors(normal(256, 1024).bfloat16(), nested=True)[0], 4 * 16 * 33 + 4 * 256 + 8),
-            (fp8_tensors(256, 1024), 4 * 1024 + 8 * 4),
+            (nf4_tensors(normal(256, 1024).bfloat16())[0], rows, 4 * 16 * 36),
+            (nf4_tensors(normal(256, 1024).bfloat16(), nested=True)[0], rows, 4 * 16 * 33 + 4 * 256 + 8),
+            (fp8_tensors(256, 1024), (slice(130, 134), slice(130, 140)), 4 * 128 + 4),
+            (mxfp4_tensors(3, 8, 1024)[0], (slice(1, 2), slice(4, 6), slice(70, 80)), 2 * 17),
         ]
     ):
         folder = write(tmp_path / str(number), tensors)
@@ -292,7 +306,7 @@ def test_no_more_is_read_than_the_blocks_of_what_is_asked_for(tmp_path: Path, mo
             patch.setattr(quantized_weights.Files, "read", counted)
             patch.setattr("test_quantized.found_in", lambda _, known=quantization: known)
             sizes.clear()
-            read_slices(folder, "x.weight", slices, torch.float32)
+            read_slices(folder, next(iter(tensors)), [some], torch.float32)
         assert 0 < sum(sizes) <= most
 
 
@@ -370,6 +384,23 @@ def test_a_tensor_that_is_missing_or_of_another_size_is_named(scheme: str, tmp_p
                 quantization_of(write(tmp_path, {**rest, name: damaged}))
 
 
+def test_codes_of_half_a_byte_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, nf4_tensors(normal(4, 64).bfloat16())[0]) / "model.safetensors"
+    data, (old, new) = file.read_bytes(), (b'"U8","shape":[128,1]', b'"F4","shape":[256,1]')
+    assert data.count(old) == 1
+    file.write_bytes(data.replace(old, new))
+    with pytest.raises(ValueError, match=r"is damaged: x\.weight: it is F4 \[256, 1\], and holds no weight"):
+        quantization_of(tmp_path)
+
+
+def test_mxfp4_has_blocks_of_16_bytes_in_rows(tmp_path: Path) -> None:
+    tensors, _ = mxfp4_tensors(2, 4, 64)
+    blocks, scales = tensors["x.down_proj_blocks"], tensors["x.down_proj_scales"]
+    for cut in ((blocks[..., :8].clone(), scales), (blocks[0, 0].clone(), scales[0, 0].clone())):
+        with pytest.raises(ValueError, match=r"is damaged: x\.down_proj_blocks: it is U8 .*no blocks of 16 bytes"):
+            quantization_of(write(tmp_path, dict(zip(tensors, cut, strict=True))))
+
+
 def test_codes_with_nothing_beside_them_are_refused(tmp_path: Path) -> None:
     for name in ("x.weight", "x.down_proj_blocks"):
         with pytest.raises(ValueError, match=f"{name} holds codes|{name.replace('blocks', 'scales')} is missing"):
@@ -402,7 +433,7 @@ NESTED = {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0
         any_bytes(100),
         torch.frombuffer(bytearray(b"[" * 4000), dtype=torch.uint8),
         torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8),
-        torch.zeros(5000, dtype=torch.uint8),
+        torch.cat([state(), torch.full((5000,), ord(" "), dtype=torch.uint8)]),
         torch.zeros(0, dtype=torch.uint8),
     ],
 )
