@@ -1,9 +1,9 @@
 """Finds out whether a Hugging Face folder is quantized already, how, and what of it can be kept packed as it is.
 
 Read are bitsandbytes NF4 (with and without double quantization, as transformers' `save_pretrained` writes it), MXFP4 as
-gpt-oss has it, and fp8 in blocks of 128 x 128 as DeepSeek-V3 has it. `config.json` says how; so do the names of the
-tensors, and where a folder has lost its `config.json` they are enough. All else is refused by name: its bytes would be
-taken for weights.
+gpt-oss has it, and fp8 in blocks of 128 x 128 as DeepSeek-V3 has it. The names of the tensors say which it is, and what
+is quantized; `config.json` may be lost. All else is refused by the name that `config.json` or the tensors give it: its
+bytes would be taken for weights.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _UNREAD = {
 }
 """Names of tensors, and the schemes that have them."""
 
-_ONE_BYTE = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
+_CODES = ("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 """Dtypes of codes. Buffers may have them too, but no weights."""
 
 
@@ -69,7 +69,7 @@ class QuantizedFolder:
 
 
 def quantization_of(path: str | Path) -> QuantizedFolder | None:
-    """How a Hugging Face folder is quantized; None if it is not, whatever its config.json says.
+    """How a Hugging Face folder is quantized; None if none of its weights is.
 
     It reads headers, and of NF4 what is small and absmaxes, up to the first that is not in bf16.
 
@@ -89,7 +89,7 @@ def quantization_of(path: str | Path) -> QuantizedFolder | None:
             raise _refusal(path, " and ".join(found))
         known = {name for names in found.values() for name in names}
         for name, (_, entry) in model.weights.items():
-            if entry.dtype in _ONE_BYTE and name.endswith(("weight", "_blocks")) and name not in known:
+            if entry.dtype in _CODES and name.endswith(("weight", "_blocks")) and name not in known:
                 raise ValueError(
                     f"{path}: {name} holds codes ({entry.dtype}), and nothing there says what they stand for."
                 )
@@ -136,7 +136,7 @@ def _unread(config: dict[str, Any]) -> list[str]:
         return ["bitsandbytes fp4"]
     if method == "fp8" and config.get("weight_block_size", [128, 128]) != [128, 128]:
         return [f"fp8 and weight_block_size {config['weight_block_size']}"]
-    if config and method not in SCHEMES:
+    if config and str(method) not in SCHEMES:
         return [{"gptq": "GPTQ", "awq": "AWQ"}.get(str(method), f"quant_method {method!r}")]
     return []
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 
 from lora_converter.hf.folder import Entry
 from lora_converter.packed import PackedFormat
@@ -53,9 +53,9 @@ class Files(ExitStack):
         """
         try:
             if stored.file not in self._opened:
-                self._opened[stored.file] = self.enter_context(safe_open(stored.file, framework="pt"))
+                self._opened[stored.file] = self.enter_context(safetensors.safe_open(stored.file, framework="pt"))
             found = self._opened[stored.file].get_slice(stored.name)
-        except (SafetensorError, OSError) as e:
+        except (safetensors.SafetensorError, OSError) as e:
             raise ValueError(f"{stored.file} is damaged or no safetensors file ({e}).") from None
         if (found.get_dtype(), found.get_shape()) != (stored.entry.dtype, stored.entry.shape):
             raise ValueError(f"{stored.file} is not the file that it was: {stored.name} has another dtype or shape.")

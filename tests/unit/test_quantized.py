@@ -310,7 +310,9 @@ def test_no_more_is_read_than_the_blocks_of_what_is_asked_for(tmp_path: Path, mo
         assert 0 < sum(sizes) <= most
 
 
-def test_a_folder_that_is_not_quantized_is_none_whatever_its_config_says(tmp_path: Path) -> None:
+def test_a_folder_without_quantized_weights_is_none_though_its_config_names_a_scheme_that_is_read(
+    tmp_path: Path,
+) -> None:
     tensors = {"x.weight": normal(4, 64), "x.position_ids": torch.arange(4), "x.bias": any_bytes(4).bool()}
     for config in (None, NF4_CONFIG, FP8_CONFIG, {"quant_method": "mxfp4"}):
         assert quantization_of(write(tmp_path, tensors, config)) is None
@@ -336,6 +338,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | None, Tensors]] = {
     "GPTQ": ({"quant_method": "gptq", "bits": 4}, {"x.qweight": INT, "x.qzeros": INT.clone()}),
     "AWQ": ({"quant_method": "awq", "bits": 4}, {"x.qweight": INT, "x.qzeros": INT.clone()}),
     "quant_method 'hqq'": ({"quant_method": "hqq"}, {}),
+    "quant_method ['fp8']": ({"quant_method": ["fp8"]}, {}),
     "quant_method None": ({"bits": 4}, {}),
     "fp8 and weight_block_size None": ({"quant_method": "fp8", "weight_block_size": None}, {}),
     "GPTQ or AWQ": (None, {"x.qweight": INT}),
