@@ -7,6 +7,7 @@
     python scripts/bench.py comm     # collectives and elements of a step under TP + SP and FSDP2, 2 gloo ranks
     python scripts/bench.py loss     # a frozen head's loss in chunks, over torchtitan's over all logits: time, memory
     python scripts/bench.py experts  # adapted routed experts over frozen ones: FLOPs and bytes counted, and time
+    python scripts/bench.py packed   # unpacking NF4, MXFP4 and fp8 over a copy; adapters on a packed base over bf16
     python scripts/bench.py peers    # a training step by this package, by transformers + PEFT, and of all weights
 
 Times are ratios taken in turn within one run (A B C, B C A, ...), medians over the rounds: absolute times on shared
@@ -165,6 +166,12 @@ def experts(options: argparse.Namespace) -> Results:
     return expert_rows(options)
 
 
+def packed(options: argparse.Namespace) -> Results:
+    from bench_packed import packed_rows
+
+    return packed_rows(options)
+
+
 def _row(result: dict[str, Any]) -> str:
     return "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
@@ -201,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     block.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     block.add_argument("--hidden", type=int, help="width of the feed-forward (default: 8/3 of the width)")
     block.add_argument("--kv-width", type=int, help="of keys and values (default: a quarter of the width)")
-    block.add_argument("--compile", action="store_true", help="the block")
+    block.add_argument("--compile", action="store_true", help="the block, of `layer` and `packed`")
     block.add_argument("--orders", action="store_true", help="our products in every order (lora_converter/order.py)")
     block.add_argument("--vocabulary", type=int, default=32768, help="of the loss")
     block.add_argument("--chunk-tokens", type=int, help="of our loss (default: as in a job)")
@@ -223,6 +230,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Results]] = {
     "comm": comm,
     "loss": loss_rows,
     "experts": experts,
+    "packed": packed,
     "peers": peer_rows,
 }
 
