@@ -1,4 +1,4 @@
-"""`bench.py packed`: what unpacking weights takes over a copy of as many bytes, and adapters on a packed base over bf16.
+"""`bench.py packed`: unpacking weights over a copy of as many bytes, and adapters on a packed base over those on bf16.
 
 On a GPU the weights are those of Llama-3-8B, and each turn goes through enough of them that none is left in a cache.
 """
@@ -49,11 +49,11 @@ def _unpacking(form: PackedFormat, shape: tuple[int, int], at_least: int, option
     Args:
         at_least: Bytes of unpacked weights in a turn.
     """
-    first = form.pack(torch.randn(shape, dtype=DTYPE) * 0.02)
+    first = form.pack(torch.randn(shape, dtype=DTYPE, device=options.device) * 0.02)
     count = -(-at_least // (first[..., 0].numel() * form.block * DTYPE.itemsize)) or 1
-    weights = [first.to(options.device) for _ in range(count)]
+    weights = [first.clone() for _ in range(count)]
     dense = form.unpack(weights[0], DTYPE)
-    if not torch.equal(dense.cpu(), form.unpack(first, DTYPE)):
+    if not torch.equal(dense.cpu(), form.unpack(first.cpu(), DTYPE)):
         raise SystemExit(f"packed: {form.name} is unpacked to other values on {options.device} than on a CPU.")
     bytes_moved = first.nbytes + dense.nbytes
     sources = [torch.ones(bytes_moved // 2, dtype=torch.uint8, device=options.device) for _ in range(count)]
@@ -83,12 +83,12 @@ def _blocks(shape: tuple[int, int, int], tokens: int, options: argparse.Namespac
     """Forward + backward of the block with adapters, on bases of each format, over that on bf16; and frozen ones."""
     x = torch.randn(tokens, shape[0], dtype=DTYPE, device=options.device, requires_grad=True)
     dy = torch.randn_like(x).detach()
-    first = Block(*shape).to(options.device, DTYPE)
+    first = _block(shape, options.device)
     steps: dict[str, Callable[[], None]] = {}
     for (name, prepare), form in itertools.product(
         {"frozen": frozen, "ours": ours}.items(), ("", "nf4", "mxfp4", "fp8")
     ):
-        block = Block(*shape).to(options.device, DTYPE)
+        block = _block(shape, options.device)
         block.load_state_dict(first.state_dict())
         for fqn, linear in list(block.named_modules()) if form else []:
             if isinstance(linear, nn.Linear):
@@ -103,6 +103,11 @@ def _blocks(shape: tuple[int, int, int], tokens: int, options: argparse.Namespac
         | {"time/bf16": ratio(times, name, f"{name.split()[0]} bf16")}
         for name in steps
     ]
+
+
+def _block(shape: tuple[int, int, int], device: str) -> Block:
+    with torch.device(device):
+        return Block(*shape).to(DTYPE)
 
 
 def _step(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> None:
