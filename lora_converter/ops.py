@@ -70,9 +70,14 @@ def low_rank_linear(
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What a product of x is computed in where autocast is on and x is none of fp64."""
     device = x.device.type
-    if x.dtype is torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype is torch.float64 or not _has_autocast(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+@torch.compiler.assume_constant_result  # the compiler of torch 2.11 cannot look into it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 @overload
