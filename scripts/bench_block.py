@@ -64,7 +64,7 @@ def full(block: Block) -> nn.Module:
 
 
 def ours(block: Block) -> nn.Module:
-    apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=block.norms[0].weight.dtype)
+    apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=next(block.norms.parameters()).dtype)
     for linear in block.modules():
         if isinstance(linear, LoRALinear):
             linear.lora_b.weight.data.normal_(std=0.01)
