@@ -18,13 +18,14 @@ from torchtitan.models.gpt_oss.infra.expert_parallel import GptossTensorParallel
 from torchtitan.models.gpt_oss.model.moe import GptOssGroupedExperts
 from torchtitan.models.moe.moe import GroupedExperts
 
-from lora_converter import LoRAConfig, adapter_parameters, apply_lora
+from lora_converter import LoRAConfig, adapter_parameters, apply_lora, disable_adapter
 from lora_converter.adapters import freeze_base
 from lora_converter.experts import pack_experts
 from lora_converter.tensor_parallel import mark_partial_gradients, sum_partial_gradients
 from lora_converter.titan.experts import EXPERT_CLASSES
 
 EXPERTS, DIM, HIDDEN = 4, 128, 256
+OF_ROWS = ("out", "base", "x")
 ROWS, COUNTS = 24, [[8, 0, 13, 3], [1, 15, 0, 8]]
 X = torch.randn(2, ROWS, DIM, generator=torch.Generator().manual_seed(1))
 MAKERS: dict[str, Any] = {
@@ -49,19 +50,27 @@ def make(which: str, *, grouped: bool, adapted: bool) -> nn.ModuleDict:
     return model
 
 
+def forward(model: nn.ModuleDict, x: torch.Tensor, rank: int, mesh: DeviceMesh | None) -> torch.Tensor:
+    """Of a rank's rows; over a mesh outputs are partial sums."""
+    out = model["experts"](x, torch.tensor(COUNTS[rank]))
+    if mesh is None:
+        return out
+    return DTensor.from_local(out, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+
+
 def results(model: nn.ModuleDict, rank: int, mesh: DeviceMesh | None = None) -> dict[str, torch.Tensor]:
-    """Output and gradients, whole, of a rank's rows; over a mesh outputs are partial sums."""
+    """Outputs with and without adapters, and gradients, whole, of a rank's rows."""
     freeze_base(model)  # plans thaw biases
     x = X[rank].clone().requires_grad_()
-    out = model["experts"](x, torch.tensor(COUNTS[rank]))
-    if mesh is not None:
-        out = DTensor.from_local(out, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
-        out = out.to_local()
+    out = forward(model, x, rank, mesh)
     out.float().square().sum().backward()
     mark_partial_gradients(model)
     sum_partial_gradients(model.parameters())
     found: dict[str, Any] = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
     found |= {"out": out.detach(), "x": x.grad}
+    if len(found) > 2:
+        with torch.no_grad(), disable_adapter(model):
+            found["base"] = forward(model, x, rank, mesh)
     return {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in found.items()}
 
 
@@ -76,7 +85,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any], *, grouped: bool) -
 def of_both(which: str, **settings: bool) -> dict[str, torch.Tensor]:
     """On one rank: this rank's output, and the adapters' gradients of both ranks' rows."""
     mine, others = (results(make(which, **settings), rank) for rank in (dist.get_rank(), 1 - dist.get_rank()))
-    return {name: value if name in ("out", "x") else value + others[name] for name, value in mine.items()}
+    return {name: value if name in OF_ROWS else value + others[name] for name, value in mine.items()}
 
 
 def expert_parallel(folder: Path, *, which: str, grouped: bool, adapted: bool) -> float:
@@ -110,7 +119,7 @@ def fsdp2(folder: Path, *, which: str, grouped: bool, adapted: bool) -> float:
     model = make(which, grouped=grouped, adapted=adapted)
     fully_shard(model["experts"])
     found, expected = results(model, dist.get_rank()), of_both(which, grouped=grouped, adapted=adapted)
-    found |= {name: value * 2 for name, value in found.items() if name not in ("out", "x")}  # a mean
+    found |= {name: value * 2 for name, value in found.items() if name not in OF_ROWS}  # a mean
     return compare(found, expected, grouped=grouped)
 
 
