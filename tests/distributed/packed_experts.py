@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
-from torchtitan.distributed.expert_parallel import ExpertParallel, TensorParallel
+from torchtitan.distributed.expert_parallel import ExpertParallel, ExpertTensorParallel, TensorParallel
 from torchtitan.models.gpt_oss.infra.expert_parallel import GptossTensorParallel
 from torchtitan.models.gpt_oss.model.moe import GptOssGroupedExperts
 from torchtitan.models.moe.moe import GroupedExperts
@@ -106,6 +106,16 @@ def tensor_parallel(folder: Path, *, which: str, grouped: bool, adapted: bool) -
     return compare(results(model, 0, mesh), expected, grouped=grouped)
 
 
+def expert_tensor_parallel(folder: Path) -> float:
+    """A mesh of two dims, which torchtitan's plan places each weight on."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ep", "etp"))
+    model = make("GroupedExperts", grouped=False, adapted=True)
+    parallelize_module(model["experts"], mesh, ExpertTensorParallel())
+    assert [p.dim for p in model["experts"].w2.placements] == [0, 2]
+    expected = results(make("GroupedExperts", grouped=False, adapted=True), 0)
+    return compare(results(model, 0, mesh["etp"]), expected, grouped=False)
+
+
 def check_places(model: nn.ModuleDict, mesh: DeviceMesh, *, dim: int) -> None:
     """The first weight is cut along a dim, and bytes do not train."""
     experts = model["experts"]
@@ -139,6 +149,7 @@ def refused(folder: Path) -> None:
 
 
 CHECKS: dict[str, Callable[[Path], Any]] = {
+    "adapters on packed experts under ETP2": expert_tensor_parallel,
     "packed experts whose blocks a rank cannot have whole are refused": refused,
 }
 for _adapted, _kind in ((False, "packed experts"), (True, "adapters on packed experts")):
