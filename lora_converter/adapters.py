@@ -12,6 +12,7 @@ import torch.nn as nn
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
+from lora_converter.fake_quantized import tell_what_merging_means
 from lora_converter.linear import add_adapter, linears_of
 from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
@@ -97,6 +98,7 @@ def apply_lora(
     for each in adapted:
         if not next(iter(each.adapter_parameters().values())).is_meta:
             each.reset_adapter(seed)
+    tell_what_merging_means(adapted)
     return adapted
 
 

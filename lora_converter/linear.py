@@ -152,6 +152,17 @@ class LoRALinear(AdaptedModule):
         for name in ("lora_a", "lora_b", *(["lora_transposed", "in_features", "out_features"] * self.lora_transposed)):
             delattr(self, name)
 
+    def to_linear(self) -> nn.Linear:
+        """What torchao converts a linear with after quantization-aware training: a new one, of the weight alone.
+
+        Raises:
+            ValueError: Always, since it would leave the adapter out.
+        """
+        raise ValueError(
+            f"{self.lora_fqn} has an adapter, which a conversion would lose. Take it off with unload_adapter, and put "
+            "it on the converted model again, or call merge_and_unload."
+        )
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As `nn.Module`'s, but leaves the factors' parameters to the factors.
 

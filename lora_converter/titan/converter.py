@@ -45,6 +45,7 @@ from lora_converter.titan.job import job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
+from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
 
@@ -74,6 +75,8 @@ class LoRAConverter:
         job_config = self.job_config
         try:
             check_expert_biases(model, job_config.parallelism)
+            if self.parallel_dims.tp_enabled:
+                check_sharded_linears(model)
             path = job_config.lora.initial_adapter_path
             if path and agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
                 job_config.lora = self._config_of_peft(model)
@@ -95,6 +98,7 @@ class LoRAConverter:
         not_spent = flops_not_spent(model, job_config.training.seq_len)
         converted = swap_class(model, LoRAModel)
         converted.lora_job, converted.lora_flops_not_spent = job, not_spent
+        converted.lora_adapted = [module.lora_fqn for module in adapted]
         logger.info(describe(count_parameters(model), job.config))
 
     def _check_results(self, model: nn.Module, adapted: list[str]) -> None:

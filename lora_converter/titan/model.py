@@ -12,6 +12,7 @@ from lora_converter.packed_module import shown_unpacked
 from lora_converter.run.job import Job
 from lora_converter.tensor_parallel import mark_partial_gradients
 from lora_converter.titan.optimizer import mark_mean_gradients
+from lora_converter.titan.other_converters import check_adapters_are_left
 from lora_converter.titan.precision import keep_cast_weights
 
 
@@ -26,11 +27,19 @@ class LoRAModel(nn.Module):
     lora_flops_not_spent: int
     """Per token, of those that torchtitan counts for the whole model."""
 
+    lora_adapted: list[str]
+    """The modules of the whole model that were given adapters."""
+
     lora_made_in: float
     """Seconds that the adapters' initial values took."""
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable."""
+        """Base first, then the adapters. Freezes again: `SequenceParallel` rebuilds norms as trainable.
+
+        Raises:
+            ValueError: See `check_adapters_are_left`.
+        """
+        check_adapters_are_left(self, self.lora_adapted)
         with shown_unpacked(self):
             cast(Any, super()).init_weights(buffer_device=buffer_device)
         start = time.perf_counter()

@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {
         "config",
+        "fake_quantized",
         "figures",
         "files",
         "fit",
