@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import qat_converter
 import torch
 import torch.distributed as dist
 from harness import ROOT, Run, adapter_state, build, finish
@@ -120,6 +121,8 @@ VARIANTS = {
     "patterns, PP2": row(2, PP2, job=PATTERNS),
     "patterns, CP2": row(2, CP2, job=PATTERNS),
     "patterns, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=PATTERNS),
+    "fake-quantized linears, FSDP2": row(2, FSDP2, job=qat_converter.JOB),
+    "fake-quantized linears, PP2": row(2, PP2, job=qat_converter.JOB),
     "rsLoRA, FSDP2": row(2, FSDP2, job=("--lora.use_rslora",)),
     "adapters in the last layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.3.*",)),
     "adapters in the first layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.0.*",)),

