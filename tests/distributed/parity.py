@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import qat_converter
 import torch
 import torch.distributed as dist
 from harness import ROOT, Run, adapter_state, build, finish
 from launch import main
+from qat_converter import WEIGHTS_ALONE
 from tiny_models import base_options
 
 from lora_converter.adapted import adapter_parameters, stable_hash
@@ -121,8 +121,8 @@ VARIANTS = {
     "patterns, PP2": row(2, PP2, job=PATTERNS),
     "patterns, CP2": row(2, CP2, job=PATTERNS),
     "patterns, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=PATTERNS),
-    "fake-quantized linears, FSDP2": row(2, FSDP2, job=qat_converter.JOB),
-    "fake-quantized linears, PP2": row(2, PP2, job=qat_converter.JOB),
+    "fake-quantized weights, FSDP2": row(2, FSDP2, job=WEIGHTS_ALONE),
+    "fake-quantized weights, PP2": row(2, PP2, job=WEIGHTS_ALONE),
     "rsLoRA, FSDP2": row(2, FSDP2, job=("--lora.use_rslora",)),
     "adapters in the last layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.3.*",)),
     "adapters in the first layer alone, PP2": row(2, PP2, job=("--lora.target_modules=layers.0.*",)),

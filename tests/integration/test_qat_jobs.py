@@ -10,9 +10,8 @@ import torch.nn as nn
 from harness import BASE_CONFIG, adapter_state, build, finish, full_state, parse, train
 from hf_models import tiny_llama
 from peft import PeftModel
-from qat_converter import CONFIG, JOB, MyQAT, all_but_the_head
+from qat_converter import IMPORT, INPUTS_TOO, WEIGHTS_ALONE, Int4Weights, Int8InputsInt4Weights
 from torch.distributed.checkpoint import FileSystemReader
-from torchao.quantization import quantize_
 from torchao.quantization.qat import FakeQuantizedLinear
 from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.distributed import ParallelDims
@@ -30,7 +29,7 @@ def on(base: Path) -> list[str]:
 
 
 def test_a_job_on_fake_quantized_linears_is_saved_resumed_and_exported(hf_base: Path, tmp_path: Path) -> None:
-    options = [*on(hf_base), *JOB, "--lora.alpha=64", "--optimizer.lr=2e-2", "--checkpoint.interval=2"]
+    options = [*on(hf_base), *INPUTS_TOO, "--lora.alpha=64", "--optimizer.lr=2e-2", "--checkpoint.interval=2"]
     options += ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only"]
     run = build(tmp_path / "run", *options)
     model = run.trainer.model_parts[0]
@@ -43,7 +42,7 @@ def test_a_job_on_fake_quantized_linears_is_saved_resumed_and_exported(hf_base: 
     assert {name for name in before if not torch.equal(before[name], after[name])} == adapters
 
     # New adapters change nothing: the first loss is that of the user's converter alone.
-    alone = [*on(hf_base), JOB[0], "--model.converters=my_qat", "--training.steps=1"]
+    alone = [*on(hf_base), IMPORT, "--model.converters=my_int8_int4", "--training.steps=1"]
     assert train(tmp_path / "alone", *alone, config=BASE_CONFIG).losses == run.losses[:1]
 
     saved = FileSystemReader(tmp_path / "run/checkpoint/step-2").read_metadata().state_dict_metadata
@@ -54,7 +53,7 @@ def test_a_job_on_fake_quantized_linears_is_saved_resumed_and_exported(hf_base: 
 
     # PEFT on torchao's linears in transformers' model.
     theirs = tiny_llama().eval()
-    quantize_(theirs, CONFIG, filter_fn=all_but_the_head)
+    Int8InputsInt4Weights(None, None).convert(theirs)
     with torch.no_grad():
         base, expected = theirs(input_ids=TOKENS).logits, model(TOKENS)
         found = PeftModel.from_pretrained(theirs, tmp_path / "run/checkpoint/step-3").eval()(input_ids=TOKENS).logits
@@ -66,29 +65,30 @@ def test_a_job_on_fake_quantized_linears_is_saved_resumed_and_exported(hf_base: 
 def test_a_converter_that_takes_adapters_off_is_found(
     hf_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late = [*on(hf_base), JOB[0], "--model.converters=lora,my_qat"]
+    late = [*on(hf_base), IMPORT, "--model.converters=lora,my_int4"]
     says = (
         '28 modules have lost their adapters to a converter that stands after "lora" in model.converters, '
         'layers.0.attention.wq among them. Put "lora" last.'
     )
     with pytest.raises(ValueError, match=re.escape(says)):
         build(tmp_path / "late", *late)
-    run = build(tmp_path / "last", *on(hf_base), *JOB)
+    run = build(tmp_path / "last", *on(hf_base), *WEIGHTS_ALONE)
     run.trainer.close()
 
     # One that says what it is, is refused before it converts anything.
-    monkeypatch.setitem(_registry_model_converter_cls, "my_qat", type("MyQAT", (MyQAT, QuantizationConverter), {}))
-    with pytest.raises(ValueError, match=r"my_qat stands after \"lora\" and would quantize the adapters\. Write "):
+    known = type("Known", (Int4Weights, QuantizationConverter), {})
+    monkeypatch.setitem(_registry_model_converter_cls, "my_int4", known)
+    with pytest.raises(ValueError, match=r"my_int4 stands after \"lora\" and would quantize the adapters\. Write "):
         build(tmp_path / "refused", *late)
 
 
 def test_linears_that_tensor_parallelism_cannot_shard_are_refused(tmp_path: Path) -> None:
     """torchao's alone fail with an AttributeError of torch's."""
-    config = parse(tmp_path, "--checkpoint.initial_load_path=", *JOB)
+    config = parse(tmp_path, "--checkpoint.initial_load_path=", *WEIGHTS_ALONE)
     with torch.device("meta"):
         plain = Transformer(llama3_args["tiny"])
     quantized = copy.deepcopy(plain)
-    MyQAT(None, None).convert(quantized)
+    Int4Weights(None, None).convert(quantized)
 
     def convert(model: nn.Module, tp: int) -> None:
         dims = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=tp, pp=1, ep=1, etp=1, world_size=tp)
