@@ -49,6 +49,16 @@ class PackedLinear(PackedModule):
     def packed_names(self) -> tuple[str, ...]:
         return ("weight",)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """As `nn.Module`'s, which tells of shapes alone where a weight is not packed, or packed otherwise."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        found, error_msgs = state_dict.get(f"{prefix}weight"), others[-1]
+        if found is not None and found.shape != self.weight.shape:
+            error_msgs.append(
+                f"{prefix}weight is packed ({self.packed_format}), and a tensor of shape {tuple(found.shape)} is not. "
+                "Load a dense weight before pack_linear packs it."
+            )
+
     def reset_parameters(self) -> None:
         """Nothing: a packed weight is loaded."""
 
@@ -62,12 +72,16 @@ def pack_linear(linear: nn.Linear, *, form: str, fqn: str = "linear") -> PackedL
         fqn: Its name in the whole model.
 
     Raises:
-        ValueError: The format's blocks do not fill `in_features`, the weight is not finite, or the linear has a product
-            of its own. The linear is then as it was.
+        ValueError: There is no such format, its blocks do not fill `in_features`, the weight is not finite or no
+            parameter, or the linear has a product of its own. The linear is then as it was.
     """
+    if form not in FORMATS:
+        raise ValueError(f"{fqn} is not packed: {form!r} is no packed format; the formats are {', '.join(FORMATS)}.")
     check_forward_is_called(fqn, linear)
     if type(linear).forward is not nn.Linear.forward:
         raise ValueError(f"{fqn} is not packed: its class, {type(linear).__name__}, has a product of its own.")
+    if dict(linear.named_parameters(recurse=False)).get("weight") is None:
+        raise ValueError(f"{fqn} is not packed: its weight is no parameter, but computed from others.")
     weight = nn.Parameter(FORMATS[form].pack(linear.weight.detach()), requires_grad=False)
     packed = swap_class(linear, PackedLinear)
     follow_hook(packed)

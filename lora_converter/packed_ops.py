@@ -41,7 +41,7 @@ def packed_linear(
     Args:
         x: (..., in_features). No DTensor.
         packed: W, (out_features, blocks, bytes), uint8.
-        bias: (out_features), frozen.
+        bias: (out_features).
         form: The name of the packed format.
         factors: A, (rank, in_features), and B, (out_features, rank), of any floating dtype: cast to that of the
             computation, x's or autocast's.
@@ -49,7 +49,15 @@ def packed_linear(
 
     Returns:
         (..., out_features).
+
+    Raises:
+        ValueError: x holds integers, or the packed weight no bytes any more.
     """
+    if not x.is_floating_point() or packed.dtype is not torch.uint8:
+        raise ValueError(
+            f"A product of {x.dtype} inputs with a packed weight in {packed.dtype}: inputs are floating point, and a "
+            "packed weight is uint8 and never cast."
+        )
     x = x.to(autocast_dtype(x) or x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     a, b = (None, None) if factors is None else (factor.to(x.dtype) for factor in factors)
@@ -95,6 +103,8 @@ def packed_linear_dx_kernel(dy, packed, form, ds, a, keep):
 
 
 def packed_grouped_mm_kernel(x, packed, form, offsets, backward):
+    if not x.shape[0]:  # torch's product refuses strides that a gradient without rows may have
+        return x.new_empty(0, _features(packed, form)[backward])
     weight = FORMATS[form].unpack(packed, x.dtype)
     # On CUDA the rows of a result may be padded, which is not said of ours.
     return torch._grouped_mm(x, weight if backward else weight.transpose(-2, -1), offs=offsets).contiguous()
@@ -108,9 +118,10 @@ def _save_linear(ctx, inputs, output):
 
 
 def _linear_backward(ctx, dy, _):
-    wants_x, _, _, _, wants_a, wants_b, _, _ = ctx.needs_input_grad
+    wants_x, _, _, wants_bias, wants_a, wants_b, _, _ = ctx.needs_input_grad
     packed, x, s, a, b, keep = ctx.saved_tensors
     dx = ds = da = db = None
+    dbias = dy.sum(0) if wants_bias else None
     if wants_b:
         db = dy.t() @ s
     if a is not None and (wants_a or wants_x):
@@ -119,7 +130,7 @@ def _linear_backward(ctx, dy, _):
         da = ds.t() @ kept(x, keep)
     if wants_x:
         dx = torch.ops.lora_converter.packed_linear_dx(dy, packed, ctx.form, ds, a, keep)
-    return dx, None, None, None, da, db, None, None
+    return dx, None, None, dbias, da, db, None, None
 
 
 def _save_grouped(ctx, inputs, output):

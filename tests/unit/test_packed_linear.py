@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from lora_converter import (
@@ -179,3 +180,34 @@ def test_what_cannot_be_packed_is_refused_and_left_as_it_was() -> None:
     convert_to_float8_training(float8, config=Float8LinearConfig(emulate=True))
     with pytest.raises(ValueError, match="q is not packed: its class, Float8Linear, has a product of its own"):
         pack_linear(float8[0], form="nf4", fqn="q")
+    with pytest.raises(ValueError, match="'int3' is no packed format; the formats are nf4, nf4-fp32, mxfp4, fp8"):
+        pack_linear(narrow, form="int3")
+    normed = weight_norm(nn.Linear(64, 8))
+    with pytest.raises(ValueError, match="normed is not packed: its weight is no parameter"):
+        pack_linear(normed, form="nf4", fqn="normed")
+    assert not isinstance(normed, PackedLinear) and normed(torch.ones(2, 64)).shape == (2, 8)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_bias_that_trains_gets_its_gradient(adapted: bool) -> None:
+    models = [packed(make_model()), unpacked()]
+    for model in models:
+        model.requires_grad_(False)
+        if adapted:
+            with_adapters(model)
+        model[0].bias.requires_grad_()
+    found, expected = map(out_and_gradients, models)
+    assert len(found) == len(expected) and len(found) == (7 if adapted else 3)
+    for value, other in zip(found, expected, strict=True):
+        # fp32; with a bias that trains, the dense one is a composition of plain operations.
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5 * other.abs().max().item())
+
+
+def test_what_is_no_product_is_refused() -> None:
+    """As nn.Linear refuses it; unpacked into integers a weight is zeros."""
+    model = packed(make_model())
+    with pytest.raises(ValueError, match=r"A product of torch\.int64 inputs with a packed weight in torch\.uint8: "):
+        model(X.long())
+    model[0].weight.data = model[0].weight.data.bfloat16()
+    with pytest.raises(ValueError, match=r"in torch\.bfloat16: .* a packed weight is uint8 and never cast\."):
+        model(X)

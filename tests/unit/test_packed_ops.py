@@ -400,3 +400,12 @@ def test_the_partitioner_would_keep_a_dense_weight_of_plain_operations() -> None
 
     gradients(torch.compile(plain, backend=partitioned), "nf4", given)
     assert any(torch.Size(shape).numel() == OUT * IN for dtype, shape in partitioned.kept if dtype.is_floating_point)
+
+
+def test_grouped_products_of_no_rows_have_gradients() -> None:
+    """On a rank whose experts got no token; the gradient of a sum has strides of zero."""
+    x = torch.empty(0, IN, dtype=torch.bfloat16, requires_grad=True)
+    packed = FORMATS["nf4"].pack(torch.randn(2, OUT, IN))
+    out = grouped_product(x, packed, torch.zeros(2, dtype=torch.int32), form="nf4")
+    out.sum().backward()
+    assert out.shape == (0, OUT) and x.grad is not None and x.grad.shape == (0, IN)

@@ -47,3 +47,23 @@ def test_what_cannot_be_merged_into_packed_weights_is_merged_into_the_original_b
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     for name, value in dense.state_dict().items():
         torch.testing.assert_close(merged[name], value, rtol=1e-6, atol=1e-6)  # one product, in another order
+
+
+def test_a_dense_weight_is_loaded_before_it_is_packed() -> None:
+    dense, packed = nn.Sequential(nn.Linear(64, 32)), nn.Sequential(nn.Linear(64, 32))
+    pack_linear(packed[0], form="nf4", fqn="0")
+    with_adapters(packed)
+    before = packed[0].weight.clone()
+    says = (
+        r"0\.weight is packed \(nf4\), and a tensor of shape \(32, 64\) is not\. "
+        r"Load a dense weight before pack_linear packs it\."
+    )
+    with pytest.raises(RuntimeError, match=says):
+        packed.load_state_dict(dense.state_dict(), strict=False)
+    assert torch.equal(packed[0].weight, before)
+
+    fresh = nn.Sequential(nn.Linear(64, 32))
+    fresh.load_state_dict(dense.state_dict())
+    pack_linear(fresh[0], form="nf4", fqn="0")
+    packed.load_state_dict(fresh.state_dict(), strict=False)
+    assert not torch.equal(packed[0].weight, before) and torch.equal(packed[0].weight, fresh[0].weight)
