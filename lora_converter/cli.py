@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--adapter", required=True, help="PEFT directory")
     merge.add_argument("--output", required=True, help="directory to make; must not exist")
     merge.add_argument("--dtype", choices=DTYPES, help="of the merged weights (default: the base's own)")
+    _add_base_as(merge, "the weights that the training had packed are merged as they were there")
     merge.set_defaults(run=_merge)
 
     export = commands.add_parser("export", help="step folder of a LoRA run -> PEFT directory")
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what an adapter or a merged model holds")
     inspect.add_argument("path", help="PEFT directory, step folder of a LoRA run, or merged directory")
     inspect.add_argument("--base", help="Hugging Face directory of the base: shows the size of each update beside it")
+    _add_base_as(inspect, "shows beside each update what packing changed, of an adapter that does not record it")
     _add_import(inspect)
     inspect.set_defaults(run=_inspect)
 
@@ -69,6 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_base_as(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--base-as", default="", metavar="FORMAT", help=f"nf4: {what}")
+
+
 def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--import",
@@ -80,7 +86,9 @@ def _add_import(command: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> str:
-    count = merge_directories(options.base, options.adapter, options.output, dtype=DTYPES.get(options.dtype))
+    count = merge_directories(
+        options.base, options.adapter, options.output, dtype=DTYPES.get(options.dtype), base_as=options.base_as
+    )
     return f"Merged {count} adapted modules of {options.adapter} into {options.base}: {options.output}"
 
 
@@ -92,10 +100,11 @@ def _export(options: argparse.Namespace) -> str:
 
 def _inspect(options: argparse.Namespace) -> str:
     if is_peft_directory(options.path):
-        return describe_adapter(load_peft(options.path), base=options.base)
+        return describe_adapter(load_peft(options.path), base=options.base, base_as=options.base_as)
     if any(Path(options.path).glob("*.safetensors")):
         return describe_model(options.path, base=options.base)
-    return describe_adapter(_read_step(options.path, options.custom_import), base=options.base)
+    adapter = _read_step(options.path, options.custom_import)
+    return describe_adapter(adapter, base=options.base, base_as=options.base_as)
 
 
 def _plan(options: argparse.Namespace) -> str:

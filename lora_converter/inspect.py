@@ -7,26 +7,43 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lora_converter.hf.base_as import BASES, AsPacked, check_base_as, weights_as
 from lora_converter.hf.experts import fit_experts
-from lora_converter.hf.folder import weight_shapes
+from lora_converter.hf.folder import open_model
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
-from lora_converter.inspect_experts import count_modules, describe_product, percent, sorted_out, span, update_norm
+from lora_converter.inspect_experts import (
+    beside_error,
+    count_modules,
+    describe_product,
+    percent,
+    sorted_out,
+    span,
+    update_norm,
+)
 from lora_converter.merge import read_merge_record
 from lora_converter.tensors import is_finite
 
+NO_RECORD = "no record of a merge"
 
-def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) -> str:
+
+def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, base_as: str = "") -> str:
     """Settings, sizes, one line per adapted linear, and one per layer and product of adapted experts.
 
     Args:
         base: Hugging Face directory; with it each line says how large the update is beside the weight, and experts are
-            shown as it stores them.
+            shown as it stores them. If the training had the weight packed, the line also says what that changed, and
+            what the update is beside it.
+        base_as: The format that it was packed in, of an adapter that does not record it.
 
     Raises:
-        ValueError: The base lacks a weight.
+        ValueError: The base lacks a weight, or was not packed in `base_as`.
     """
     weights = _Weights(Path(base)) if base else None
     if weights:
+        base_as = base_as or (adapter.packed.form if adapter.packed else "")
+        if base_as in BASES:
+            weights.pack(base_as, adapter.packed)
         adapter = fit_experts(adapter, weights.shapes)
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
@@ -40,16 +57,21 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None) ->
         f"dropout {adapter.dropout:g}",
         f"targets: {', '.join([*adapter.target_modules, *adapter.target_parameters])}",
         f"{count_modules(len(linears), products)}, {parameters:,} parameters, {size:,} bytes",
-        f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}",
+        f"base: {adapter.base_model or 'not recorded'}{f', fingerprint {known}' if known else ''}"
+        f"{f', trained on {adapter.packed.form} weights' if adapter.packed else ''}",
         "",
     ]
-    norm_of = weights.norm if weights else None
+    norm_of, error_of = (weights.norm, weights.packing_error) if weights else (None, None)
     for module, (a, b) in linears.items():
         shape = (a.shape[1], b.shape[0]) if adapter.fan_in_fan_out else (b.shape[0], a.shape[1])
         norm = update_norm(a, b, adapter.scaling_of(module))
         weight = norm_of(f"{module}.weight") if norm_of else None
-        lines.append(f"{module}  {_update(shape, norm, weight)}{_flag((a, b))}")
-    lines += [describe_product(name, experts, weight_norm=norm_of) for name, experts in products.items()]
+        error = error_of(f"{module}.weight") if error_of else None
+        lines.append(f"{module}  {_update(shape, norm, weight)}{beside_error(norm, error)}{_flag((a, b))}")
+    lines += [
+        describe_product(name, experts, weight_norm=norm_of, packing_error=error_of)
+        for name, experts in products.items()
+    ]
     return "\n".join(lines)
 
 
@@ -81,7 +103,7 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         equal += update is not None and not update.any()
     settings = "rank {rank}, alpha {alpha:g}, scaling {scaling:g}\ntargets: {targets}\nadapter: {adapter}\nbase: {base}"
     head = [
-        settings.format(**record) if record else "no record of a merge",
+        settings.format(**record) + f" as {record['base_as']}" * bool(record["base_as"]) if record else NO_RECORD,
         f"{len(weights.shapes)} weights, {parameters:,} parameters, {size:,} bytes",
         *([f"{equal} weights equal the base's"] if base else []),
         "",
@@ -101,10 +123,20 @@ class _Weights:
     """
 
     def __init__(self, folder: Path):
-        self._places = weight_shapes(folder)
-        self.shapes = {key: tuple(shape) for key, (_, shape, _) in self._places.items()}
+        self._model = open_model(folder)
+        self._places, self._packed = self._model.weights, dict[str, AsPacked]()
+        self.shapes = {key: tuple(entry.shape) for key, (_, entry) in self._places.items()}
         self._path = Path()
         self._file: safe_open | None = None
+
+    def pack(self, form: str, packed: PackedBase | None) -> None:
+        """From now on `packing_error` tells.
+
+        Raises:
+            ValueError: See `check_base_as` and `weights_as`.
+        """
+        check_base_as(self._model, form, packed)
+        self._packed = weights_as(self._model, form, packed)
 
     def read(self, key: str, row: int | None = None) -> torch.Tensor:
         """A weight, or one row of its first dim: one expert's of stacked ones.
@@ -130,6 +162,13 @@ class _Weights:
     def norm(self, key: str, row: int | None = None) -> float:
         """Of what `read` gives."""
         return float(self.read(key, row).float().norm())
+
+    def packing_error(self, key: str, row: int | None = None) -> float | None:
+        """The norm of what packing changes in what `read` gives; None if the weight is not packed."""
+        if key not in self._packed:
+            return None
+        weight = self.read(key, row)
+        return float((weight.float() - self._packed[key].unpacked(weight)).norm())
 
 
 def _update(shape: Sequence[int], norm: float, weight: float | None) -> str:

@@ -58,13 +58,18 @@ def sorted_out(adapter: PeftAdapter) -> tuple[dict[str, Pair], Products]:
 
 
 def describe_product(
-    name: str, experts: Mapping[int, Expert], *, weight_norm: Callable[[str, int | None], float] | None = None
+    name: str,
+    experts: Mapping[int, Expert],
+    *,
+    weight_norm: Callable[[str, int | None], float] | None = None,
+    packing_error: Callable[[str, int | None], float | None] | None = None,
 ) -> str:
     """The line of one product.
 
     Args:
         weight_norm: Key of a base weight and row, if it is stacked -> its norm; with it the line says how large the
             updates are beside the weights.
+        packing_error: The same -> the norm of what packing changed in the weight, None if it was not packed.
     """
     one = next(iter(experts.values()))
     line = f"{name}  {len(experts)} experts of {one.b.shape[0]} x {one.a.shape[1]}"
@@ -80,6 +85,11 @@ def describe_product(
     if norms and weight_norm is not None:
         beside = {n: percent(norm, weight_norm(experts[n].weight, experts[n].row)) for n, norm in norms.items()}
         line += f"  {_spread(beside, '.3g')} % of |weight|"
+    if norms and packing_error is not None:
+        found = {n: packing_error(experts[n].weight, experts[n].row) for n in norms}
+        errors = {n: error for n, error in found.items() if error is not None}
+        ratios = {n: ratio(norms[n], error) for n, error in errors.items()}
+        line += f"  |packing| {_spread(errors, '.3e')}  |update| / |packing| {_spread(ratios, '.3g')}" if errors else ""
     if untouched and len(untouched) < len(experts):
         line += f"  untouched: {_ranges(untouched)}"
     if broken:
@@ -115,7 +125,17 @@ def span(values: Iterable[float]) -> str:
 
 def percent(norm: float, weight: float) -> float:
     """How large an update is beside its weight; infinite beside a weight of zeros."""
-    return 100 * norm / weight if weight else math.inf if norm else 0.0
+    return 100 * ratio(norm, weight)
+
+
+def ratio(norm: float, other: float) -> float:
+    """One norm over the other; infinite over 0."""
+    return norm / other if other else math.inf if norm else 0.0
+
+
+def beside_error(norm: float, error: float | None) -> str:
+    """What packing changed in a linear's weight, and how large its update is beside that."""
+    return "" if error is None else f"  |packing| {error:.3e}  |update| / |packing| {ratio(norm, error):.3g}"
 
 
 def _spread(values: Mapping[int, float], form: str) -> str:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from lora_converter.files import appears_complete, read_json
+from lora_converter.hf.base_as import AsPacked, tell_of_packed
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
 from lora_converter.hf.merge_plan import MergePlan, Update, plan_merge
 from lora_converter.hf.peft_adapter import PeftAdapter, delta_factors
@@ -44,6 +45,7 @@ def merge_directories(
     output: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    base_as: str = "",
     replace: bool = False,
 ) -> int:
     """Writes base + adapter to `output`.
@@ -53,6 +55,8 @@ def merge_directories(
         adapter: PEFT directory.
         output: Directory to make.
         dtype: Of all floating-point weights written; that of each weight of the base if left out.
+        base_as: "nf4": the weights that the training had packed are what they were there, those without an adapter
+            too: rounded to bf16, packed and unpacked. The base's own if left out.
         replace: What an earlier merge wrote at `output` gives way; without it, and for anything else, it stays.
 
     Returns:
@@ -68,8 +72,9 @@ def merge_directories(
         raise FileExistsError(f"{output} exists already. Remove it, or name another directory for the merged model.")
     peft, model = load_peft(adapter), open_model(base)
     peft.check_finite(str(adapter))
-    plan = plan_merge(model, peft, str(adapter))
+    plan = plan_merge(model, peft, str(adapter), base_as=base_as)
     _warn_of_another_base(peft, base)
+    tell_of_packed(peft.packed, base_as, len(plan.packed))
     with appears_complete(output) as draft:
         for shard in tqdm(model.shards, desc="merging", unit="shard"):
             _merge_shard(model, shard, draft / shard.name, plan, dtype)
@@ -78,6 +83,7 @@ def merge_directories(
         record = {
             "adapter": str(adapter),
             "base": str(base),
+            **({"base_as": base_as} if base_as else {}),
             "rank": peft.rank,
             "alpha": peft.alpha,
             "scaling": peft.scaling,
@@ -98,7 +104,7 @@ def read_merge_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = read_json(path)
-        return {name: kind(record[name]) for name, kind in _RECORD.items()}
+        return {name: kind(record[name]) for name, kind in _RECORD.items()} | {"base_as": record.get("base_as", "")}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e!r}). Remove it to inspect the weights without it.") from None
 
@@ -141,11 +147,13 @@ def _merged_rows(
     if not weight.numel():
         return
     dtype = dtype if dtype and stored in FLOATS else stored
-    update = plan.updates.get(key)
-    for rows, delta in _with_deltas(weight, plan.peft, update):
-        rows = rows if delta is None else rows.float() + delta
+    update, packed = plan.updates.get(key), plan.packed.get(key)
+    for rows, delta in _with_deltas(weight, plan.peft, update, packed):
+        rows = rows if delta is None else rows + delta
         result = rows.to(dtype)
-        if (update is not None or result.dtype != weight.dtype) and not _stays_finite(rows, result):
+        if (update is not None or packed is not None or result.dtype != weight.dtype) and not _stays_finite(
+            rows, result
+        ):
             raise ValueError(
                 f"{key} does not fit into {str(dtype).removeprefix('torch.')}: of {plan.adapter} and {source} it would "
                 "hold nan or inf. Nothing is written. "
@@ -155,19 +163,26 @@ def _merged_rows(
 
 
 def _with_deltas(
-    weight: torch.Tensor, peft: PeftAdapter, update: Update | None
+    weight: torch.Tensor, peft: PeftAdapter, update: Update | None, packed: AsPacked | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """Some rows of a weight at a time, of stacked experts one after the other, with s · B A of them, fp32."""
-    if update is None:
+    if update is None and packed is None:
         matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
         yield from ((rows, None) for rows in matrix.split(max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])))
         return
+    together = packed.rows_together if packed else 1
+    size = max(1, _ELEMENTS_AT_A_TIME // weight.shape[-1] // together) * together
+    as_trained = packed.unpacked if packed else torch.Tensor.float
+    if update is None:
+        pieces = (rows for matrix in weight.view(-1, *weight.shape[-2:]) for rows in matrix.split(size))
+        yield from ((as_trained(rows), None) for rows in pieces)
+        return
     a, b = peft.factors[update.module]
-    size, factor = max(1, _ELEMENTS_AT_A_TIME // weight.shape[-1]), peft.scaling_of(update.module)
+    factor = peft.scaling_of(update.module)
     for matrix, *of_one in zip(*(tensor.view(-1, *tensor.shape[-2:]) for tensor in (weight, a, b)), strict=True):
         left, right = delta_factors(*of_one, transposed=update.transposed)
         for rows, left_rows in zip(matrix.split(size), left.split(size), strict=True):
-            yield rows, factor * (left_rows @ right)
+            yield as_trained(rows), factor * (left_rows @ right)
 
 
 def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:

@@ -16,11 +16,13 @@ from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacke
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import linears_like_experts
 from lora_converter.hf.merge_plan import is_same_weight
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_peft, update_peft
 from lora_converter.linear import LoRALinear
-from lora_converter.names import plain_parameters
+from lora_converter.names import plain_modules, plain_parameters
+from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
 
@@ -68,6 +70,7 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
         target_modules=sorted(names.keys() - set(as_parameters)),
         base_model=base_model,
         fan_in_fan_out=any(isinstance(module, LoRALinear) and module.lora_transposed for module in adapted),
+        packed=_packed_base(model),
         alphas={fqn: own.alpha for fqn, own in configs.items() if own.alpha != alpha},
         target_parameters=[f"{module}.weight" for module in as_parameters],
     )
@@ -96,6 +99,14 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
     state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
     load_adapter_state_dict(model, state)
+
+
+def _packed_base(model: nn.Module) -> PackedBase | None:
+    """The model's linears with packed weights; None if there are none, or if they are of several formats."""
+    forms = {name: module.packed_format for name, module in plain_modules(model) if isinstance(module, PackedLinear)}
+    if len(set(forms.values())) != 1:
+        return None
+    return PackedBase.of(next(iter(forms.values())), [f"{name}.weight" for name in forms])
 
 
 def _peft_names(model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -20,6 +20,7 @@ from lora_converter.fit import Misfit
 from lora_converter.hf.expert_bridge import HostExperts, briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
 
 _NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -63,6 +64,7 @@ def to_peft(
     has_experts: bool = False,
     base_model: str = "",
     base_fingerprint: str = "",
+    packed: PackedBase | None = None,
 ) -> PeftAdapter:
     """Full adapter tensors in the host's names -> an adapter in Hugging Face's.
 
@@ -74,6 +76,7 @@ def to_peft(
         experts: The model's modules of routed experts, at least the adapted ones.
         alphas: Adapted weight -> alpha, where it is not the job's.
         has_experts: The model has routed experts, see `linears_like_experts`.
+        packed: The weights of the base that are packed, see `packed_base`.
 
     Raises:
         ValueError: The host cannot express a weight in Hugging Face's terms.
@@ -117,6 +120,7 @@ def to_peft(
         target_modules=sorted(set(targets)),
         base_model=base_model,
         base_fingerprint=base_fingerprint,
+        packed=packed,
         alphas={module: alpha for module, alpha in own_alphas.items() if alpha != config.alpha},
         target_parameters=parameters,
     )

@@ -99,15 +99,6 @@ def _placed_by_index(folder: Path) -> dict[str, str] | None:
     return placed
 
 
-def weight_shapes(folder: Path) -> dict[str, tuple[Path, list[int], str]]:
-    """Key -> (file, shape, dtype as safetensors names it) of every weight of a model folder.
-
-    Raises:
-        ValueError: See `open_model`.
-    """
-    return {key: (path, entry.shape, entry.dtype) for key, (path, entry) in open_model(folder).weights.items()}
-
-
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Tensors in the order of their bytes, and metadata, of a safetensors file.
 

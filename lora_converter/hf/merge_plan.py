@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lora_converter.hf.aliases import Aliases
+from lora_converter.hf.base_as import AsPacked, check_base_as, is_conv1d, weights_as
 from lora_converter.hf.expert_layouts import layout_of, stored_experts
 from lora_converter.hf.expert_patterns import split_expert
 from lora_converter.hf.experts import fit_experts
@@ -25,10 +26,6 @@ logger = logging.getLogger(__name__)
 
 _HEADS = {"lm_head", "embed_out", "output"}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
-
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
-_CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
-"""transformers' models whose linears are Conv1D, and the names of those that are."""
 
 _PARTS = re.compile(r"(\.weight|_blocks)$")
 """What the key of a weight has after the name that adapters go by."""
@@ -58,6 +55,7 @@ class MergePlan:
         replaced: Key -> weight that the adapter brings in place of the base's.
         added: Key that the base has not -> key whose weight it starts from and beside which it is written.
         untied: The output head has a weight of its own from now on.
+        packed: Key -> how the weight was packed in the training, of those that are merged as they were there.
     """
 
     adapter: str
@@ -66,6 +64,7 @@ class MergePlan:
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     added: dict[str, str] = field(default_factory=dict)
     untied: bool = False
+    packed: dict[str, AsPacked] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int | None:
@@ -74,12 +73,17 @@ class MergePlan:
         return sizes.pop() if len(sizes) == 1 else None
 
 
-def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
+def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: str = "") -> MergePlan:
     """Settles all of it.
+
+    Args:
+        base_as: See `merge_directories`.
 
     Raises:
         ValueError: Every module and weight that does not fit, with the reason.
     """
+    if base_as:
+        check_base_as(base, base_as, peft.packed)
     keys, kind = _Keys(base), str(base.config.get("model_type", ""))
     try:
         peft = fit_experts(peft, {key: entry.shape for key, (_, entry) in base.weights.items()}, model_type=kind)
@@ -105,6 +109,10 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str) -> MergePlan:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base.path}: {'; '.join(problems)}.")
     heads = [key for key in (*plan.updates, *plan.replaced) if _last(key.removesuffix(".weight")) in _HEADS]
     plan.untied = plan.untied or bool(heads and _is_tied(base))
+    if base_as:
+        linears = {key: update.transposed for key, update in plan.updates.items() if len(keys.shape(key, plan)) == 2}
+        packed = weights_as(base, base_as, peft.packed, transposed=linears)
+        plan.packed = {key: as_packed for key, as_packed in packed.items() if key not in plan.replaced}
     return plan
 
 
@@ -209,8 +217,8 @@ def _is_transposed(base: ModelFolder, peft: PeftAdapter, module: str, shape: lis
     if out_features != in_features:
         return shape == [in_features, out_features]
     kind = base.config.get("model_type")
-    if kind in _CONV1D_MODELS:
-        return _last(module) in _CONV1D_MODULES
+    if is_conv1d(str(kind), module):
+        return True
     if isinstance(kind, str) and "auto_map" not in base.config:
         return False
     logger.warning(

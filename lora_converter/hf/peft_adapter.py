@@ -8,6 +8,7 @@ import torch
 
 from lora_converter.config import scaling
 from lora_converter.hf.aliases import Aliases
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.peft_patterns import patterns_of
 from lora_converter.hf.stacked import is_weight, stacked_names
@@ -39,6 +40,8 @@ class PeftAdapter:
     """The weights of the base are said to be (in_features, out_features): transformers' GPT-2."""
     base_fingerprint: str = ""
     """Of the base in the trainer's names (`fingerprint.py`), in the header of the weights; empty if not known."""
+    packed: PackedBase | None = None
+    """Which weights of the base the training had packed, likewise; None if it had none, or if that is not known."""
     alphas: dict[str, float] = field(default_factory=dict)
     """Module -> alpha, of those with another one than `alpha`."""
     target_parameters: list[str] = field(default_factory=list)

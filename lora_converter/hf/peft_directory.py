@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
 from lora_converter.hf.folder import FLOATS, read_header, write_tensors
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import (
     CONFIG_FILE,
@@ -81,8 +82,9 @@ def save_peft(
     if broken := [name for name in tensors if not is_finite(tensors[name]) and is_finite(tensors.original(name))]:
         raise ValueError(f"{folder}: {', '.join(broken)} would hold inf in {dtype}. Name a wider dtype, bfloat16 say.")
     with appears_complete(folder) as draft:
-        fingerprint = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
-        write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **fingerprint})
+        of_base = {_FINGERPRINT: adapter.base_fingerprint} if adapter.base_fingerprint else {}
+        of_base |= adapter.packed.to_metadata() if adapter.packed else {}
+        write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **of_base})
         (draft / CONFIG_FILE).write_text(json.dumps(config_of(adapter), indent=2, sort_keys=True))
 
 
@@ -159,6 +161,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         base_model=config.get("base_model_name_or_path") or "",
         fan_in_fan_out=bool(config.get("fan_in_fan_out", False)),
         base_fingerprint=metadata.get(_FINGERPRINT, ""),
+        packed=PackedBase.from_metadata(metadata, str(folder / WEIGHTS_FILE)),
         alphas={module: own for module, own in alphas.items() if own != alpha},
         target_parameters=parameters,
         base_weights=base_weights,
