@@ -63,7 +63,7 @@ class AsPacked:
             ValueError: It holds nan or inf.
         """
         packed = FORMATS[self.form]
-        matrix = weight.mT if self.transposed else weight
+        matrix = weight.mT.contiguous() if self.transposed else weight
         try:
             unpacked = packed.unpack(packed.pack(matrix), torch.float32)
         except ValueError as e:
