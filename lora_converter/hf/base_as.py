@@ -138,7 +138,8 @@ def weights_as(
     for key in keys:
         of_linear = transposed.get(key, is_conv1d(kind, key.removesuffix(".weight")))
         is_transposed = stacks[key].in_out if key in stacks else of_linear
-        if base.weights[key][1].is_float and FORMATS[form].fits(shapes[key][-2 if is_transposed else -1]):
+        is_matrix = base.weights[key][1].is_float and len(shapes[key]) == (3 if key in stacks else 2)
+        if is_matrix and FORMATS[form].fits(shapes[key][-2 if is_transposed else -1]):
             found[key] = AsPacked(key, form, is_transposed)
         else:
             others.append(key)

@@ -9,6 +9,7 @@ not packed, whatever else a base folder holds under such names: layers for multi
 
 import itertools
 import json
+import logging
 import math
 import re
 from collections import defaultdict
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from lora_converter.hf.expert_naming import HFExperts, hf_experts
 from lora_converter.hf.naming import StateDictAdapter, hf_linears
 from lora_converter.packed_formats import FORMATS
+
+logger = logging.getLogger(__name__)
 
 _FORMAT, _WEIGHTS = "lora_converter.base_format", "lora_converter.packed_weights"
 _BRACES = re.compile(r"\{(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\}")
@@ -72,10 +75,8 @@ class PackedBase:
         return PackedBase(form, tuple(weights))
 
 
-def packed_base(
-    adapter: StateDictAdapter, form: str, weights: Mapping[str, tuple[int, ...]]
-) -> tuple[PackedBase, list[str]]:
-    """A host's packed weights in Hugging Face's names, and those that have none.
+def packed_base(adapter: StateDictAdapter, form: str, weights: Mapping[str, tuple[int, ...]]) -> PackedBase:
+    """A host's packed weights in Hugging Face's names. Those that have none are logged.
 
     A weight whose columns Hugging Face's model has in another order has none: its blocks run along columns.
 
@@ -107,7 +108,14 @@ def packed_base(
             names += [part.stored_name for part in parts]
         else:
             without += [f"{fqn}.{weight}" for weight in shapes]
-    return PackedBase.of(form, names), without
+    if without:
+        logger.warning(
+            "LoRA: %s are packed, and Hugging Face's model has them not or otherwise: `lora-converter merge --base-as "
+            "%s` takes them as they are in the base.",
+            ", ".join(PackedBase.of(form, without).weights),
+            form,
+        )
+    return PackedBase.of(form, names)
 
 
 def _is_whole(part: HFExperts) -> bool:
