@@ -7,6 +7,8 @@ Under tensor parallelism the weight is sharded by rows or by blocks, as the dens
 part is a packed weight by itself, so everything is computed on local parts.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch.distributed.tensor import DTensor, Shard
