@@ -75,15 +75,20 @@ class PackedBase:
         return PackedBase(form, tuple(weights))
 
 
-def packed_base(adapter: StateDictAdapter, form: str, weights: Mapping[str, tuple[int, ...]]) -> PackedBase:
-    """A host's packed weights in Hugging Face's names. Those that have none are logged.
+def packed_base(adapter: StateDictAdapter, packed: Mapping[str, tuple[str, tuple[int, ...]]]) -> PackedBase | None:
+    """A host's packed weights in Hugging Face's names. Those that have none are logged, and weights of two formats.
 
     A weight whose columns Hugging Face's model has in another order has none: its blocks run along columns.
 
     Args:
-        weights: The host's names, `layers.0.attention.wq.weight` or `layers.1.moe.experts.w1`, -> shape of the weight
-            before it was packed, (out, in) or (experts, out, in).
+        packed: The host's names, `layers.0.attention.wq.weight` or `layers.1.moe.experts.w1`, -> format, and shape of
+            the weight before it was packed, (out, in) or (experts, out, in).
     """
+    forms = sorted({form for form, _ in packed.values()})
+    if len(forms) > 1:
+        logger.warning("LoRA: the base is packed as %s, which the adapter's directory has no words for.", forms)
+        return None
+    form, weights = forms[0], {name: shape for name, (_, shape) in packed.items()}
     names, without = [], []
     modules: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for key, shape in weights.items():

@@ -79,6 +79,10 @@ class PeftSource:
         adapted, experts = model.adapted_fqns(), model.expert_shapes()
         stored = host_experts(adapter, experts)
         peft = load_peft_everywhere(self._path, adapter, linears, stored)
+        if peft.base_fingerprint:  # made by a run like this, which says what its base was packed as
+            forms = sorted({form for form, _ in model.packed_weights().values()})
+            was, config = peft.packed.form if peft.packed else "", model.host.job.config
+            check_same_format(self._path, was, ", ".join(forms), accept=config.accept_other_base)
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
         there = replace(description, lora={**description.lora, **own})

@@ -9,8 +9,8 @@ def check_same_format(path: str, there: str, here: str, *, accept: bool) -> None
     """Refuses adapters that were trained on a base of another format, which has other values.
 
     Args:
-        there: The format of the base of the adapters in `path`.
-        here: That of the job, `lora.base_format`.
+        there: What the base of the adapters in `path` was packed as; empty if it was not.
+        here: The same of the job's.
         accept: Only warn.
 
     Raises:
@@ -18,9 +18,10 @@ def check_same_format(path: str, there: str, here: str, *, accept: bool) -> None
     """
     if there == here:
         return
-    both = f"{path} was trained on a base with lora.base_format = {there!r}; here it is {here!r}."
+    was, is_now = (f"packed as {form!r}" if form else "not packed" for form in (there, here))
+    both = f"{path} was trained on a base that was {was}; the base here is {is_now}."
     if not accept:
-        raise ValueError(f"{both} Set it to {there!r}, or set lora.accept_other_base = true.")
+        raise ValueError(f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true.")
     logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
 
 

@@ -14,6 +14,8 @@ from lora_converter.dcp.twins import Twins
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.names import plain_parameters
+from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
 from lora_converter.run.description import Description
@@ -102,6 +104,15 @@ class RunModel:
     def configs(self) -> dict[str, LoRAConfig]:
         """FQN -> settings of the adapted modules of all ranks. A collective."""
         mine = {module.lora_fqn: module.lora_config for module in self.adapted}
+        return merged_over_ranks(mine)
+
+    def packed_weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Packed weights of all ranks -> their format, and their shape before. A collective."""
+        mine = {}
+        for part in self.parts:
+            params = dict(plain_parameters(part))
+            for name, form in packed_formats(part).items():
+                mine[name] = (form, FORMATS[form].weight_shape(params[name].shape))
         return merged_over_ranks(mine)
 
     def has_experts(self) -> bool:

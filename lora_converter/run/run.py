@@ -18,6 +18,7 @@ from typing import NoReturn
 import torch
 
 from lora_converter.hf.bridge import alphas_of, to_peft
+from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.merge import merge_directories
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
@@ -123,6 +124,7 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
+        packed = self.model.packed_weights() if self.config.base_format else {}
         gathered = self.model.gather_adapters(self.job.export_dtype)
         if is_first_rank():
             peft = to_peft(
@@ -136,6 +138,7 @@ class Run:
                 has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
                 base_fingerprint=self.model.base_fingerprint,
+                packed=packed_base(adapter, packed) if packed else None,
             )
             if not is_peft_directory(path):
                 discard(Path(path))

@@ -142,8 +142,8 @@ def test_another_format_is_another_base(
     else:
         options = (*options, f"--lora.initial_adapter_path={step}")
     _, message = failing(tmp_path / "run", *options)
-    both = f"{step} was trained on a base with lora.base_format = 'nf4'; here it is ''."
-    assert message == f"{both} Set it to 'nf4', or set lora.accept_other_base = true."
+    both = f"{step} was trained on a base that was packed as 'nf4'; the base here is not packed."
+    assert message == f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true."
     for remedy in ("--lora.accept_other_base", NF4):
         run = build(tmp_path / "run", *options, remedy)
         run.trainer.checkpointer.load()

@@ -323,7 +323,8 @@ def test_a_hosts_packed_weights_are_those_of_transformers_model(name: str, caplo
     from hf_models import tiny_gpt_oss
 
     weights, adapter = host_weights(name)
-    packed = packed_base(adapter, "nf4", weights)
+    packed = packed_base(adapter, {key: ("nf4", shape) for key, shape in weights.items()})
+    assert packed is not None and packed.form == "nf4"
     model = tiny_gpt_oss() if name == "gpt_oss" else HF_MODELS[name].make()
     there = {
         key.replace("model.language_model", "language_model.model"): value
@@ -357,8 +358,8 @@ def test_a_weight_whose_columns_stand_in_another_order_has_no_name(caplog: pytes
         def to_hf(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return {f"hf.{key}": value.flip(-1) if "odd" in key else value.flip(0) for key, value in state_dict.items()}
 
-    packed = packed_base(Reversed(), "nf4", {"odd.weight": (8, 64), "even.weight": (8, 64)})
-    assert packed.weights == ("hf.even.weight",)
+    packed = packed_base(Reversed(), {f"{name}.weight": ("nf4", (8, 64)) for name in ("odd", "even")})
+    assert packed is not None and packed.weights == ("hf.even.weight",)
     assert [message.partition(" are packed")[0] for message in caplog.messages] == ["LoRA: odd.weight"]
 
 
