@@ -1,40 +1,52 @@
-"""One torchrun for many checks: a start costs seconds, nearly all of it imports.
+"""One launch for many checks, of ranks that need not import anything (`forked_ranks.py`).
 
 A checks file ends with `main(CHECKS)`: name -> function of a folder. Every rank runs all of them in order. A check
 fails by raising, and may return figures (JSON). After a failure the ranks may be out of step, so the rest is not run.
 """
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PATHS = [HERE.parents[1], HERE.parent, HERE]
 
 
 def launch(file: str, *, ranks: int, folder: Path, checks: Sequence[str], timeout: float = 900) -> dict[str, Any]:
-    """Runs the named checks of a file under torchrun.
+    """Runs the named checks of a file on as many ranks, and ends all of them once one fails.
 
     Returns:
         Check -> {"error": "" or what went wrong, "figures": what rank 0's function returned}.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(map(str, PATHS)))
-    result = subprocess.run(
-        [*command, str(HERE / file), str(folder), *checks], env=env, capture_output=True, text=True, timeout=timeout
-    )
-    output = result.stdout + result.stderr
-    (folder / "output.log").write_text(output)
+    import torch.distributed as dist
+    from forked_ranks import start_ranks
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    elastic = dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")  # the store is not rank 0's
+    log, ends = folder / "output.log", time.monotonic() + timeout
+    processes = start_ranks([log] * ranks, store.port, _run, str(HERE / file), str(folder), *checks, **elastic)
+    running = {process.sentinel: process for process in processes}
+    while running:
+        over = [running.pop(one) for one in connection.wait(running, max(0.1, ends - time.monotonic()))]  # type: ignore
+        if not over or any(process.exitcode for process in over):
+            for process in running.values():
+                process.kill()
+    output = log.read_text() + f"\n{file}: ended after {timeout} s" * (time.monotonic() > ends)
     verdicts = folder / "verdicts.json"
     found = json.loads(verdicts.read_text()) if verdicts.exists() else {}
     told = output.partition(" failed on rank ")[2] or output
     not_run = {"error": "not run: " + "\n".join(told.splitlines()[:60]), "figures": None}
     return {name: found.get(name, not_run) for name in checks}
+
+
+def _run(file: str, *arguments: str) -> None:
+    sys.argv = [file, *arguments]
+    runpy.run_path(file, run_name="__main__")
 
 
 def main(checks: dict[str, Callable[[Path], Any]]) -> None:

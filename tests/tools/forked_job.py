@@ -4,8 +4,6 @@ What runs in a rank is `python -m lora_converter.train`, from its first line on.
 Llama.
 """
 
-import multiprocessing
-import multiprocessing.forkserver as forkserver
 import os
 import re
 import signal
@@ -15,13 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from pathlib import Path
-from unittest import mock
 
-HERE = str(Path(__file__).resolve().parent)
-ROOT = Path(HERE).parents[1]
+from forked_ranks import start_ranks
 
-_FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["forked_job_imports"])
+ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
     "--model.flavor=torture",
@@ -53,23 +48,13 @@ class ForkedJob:
         Args:
             inside: Called in each rank before the job begins; of a module's own, so that it can be pickled.
         """
-        # Python 3.11 passes no sys.path on; and what killed ranks leave is no news.
-        with mock.patch.dict(os.environ, PYTHONPATH=HERE, PYTHONWARNINGS="ignore:resource_tracker"):
-            forkserver.ensure_running()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._launches += 1
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
             port = sock.getsockname()[1]
-        self._processes = [
-            _FORK.Process(
-                target=_run_rank,
-                args=(rank, self.ranks, port, [*self.arguments, *options], str(self._log(rank)), inside),
-            )
-            for rank in range(self.ranks)
-        ]
-        for process in self._processes:
-            process.start()
+        logs = [self._log(rank) for rank in range(self.ranks)]
+        self._processes = start_ranks(logs, port, _train, [*self.arguments, *options], inside)
 
     @property
     def pid(self) -> int:
@@ -160,16 +145,9 @@ def make_base(folder: Path, *options: str) -> Path:
     return folder / "checkpoint" / "step-1"
 
 
-def _run_rank(
-    rank: int, ranks: int, port: int, arguments: list[str], log: str, inside: Callable[[], None] | None
-) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}", OMP_NUM_THREADS="1")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+def _train(arguments: list[str], inside: Callable[[], None] | None) -> None:
     sys.argv = ["train", *arguments]
-    from forked_job_imports import main
+    from forked_rank_imports import main
 
     if inside is not None:
         inside()

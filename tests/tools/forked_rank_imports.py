@@ -1,13 +1,10 @@
-"""What ranks of `forked_job.py` need, imported once, in the process that they are forked from."""
+"""What forked ranks need, imported once, in the process that they are forked from."""
 
-from lora_converter.titan import install
-
-install()  # before torchtitan
-
-import datasets  # noqa: F401
+import harness  # noqa: F401  (before torchtitan)
+import hf_models  # noqa: F401
+import parity  # noqa: F401
 import torch
 from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
-from torchtitan.train import Trainer  # noqa: F401
 
 import lora_converter.titan.converter  # noqa: F401
 from lora_converter.train import main as main
