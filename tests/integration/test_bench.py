@@ -31,6 +31,7 @@ def test_layer_compares_all_peers_and_draws_them_without_torchtitan(tmp_path: Pa
     assert found["frozen"] == 1.0 and (tmp_path / "layer.png").stat().st_size > 1000
 
 
+@pytest.mark.alone
 def test_a_step_takes_four_fifths_of_full_fine_tunings_at_most(tmp_path: Path) -> None:
     """0.63 to 0.67 measured."""
     (found,) = bench("step", "--rounds=5", folder=tmp_path)

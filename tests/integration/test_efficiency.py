@@ -195,6 +195,7 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(
 """
 
 
+@pytest.mark.alone
 def test_llama_3_405b_is_converted_on_meta_in_5_seconds_and_2_gb() -> None:
     result = subprocess.run([sys.executable, "-c", META], cwd=ROOT, capture_output=True, text=True, check=True)
     seconds, kib, modules = map(float, result.stdout.split()[-3:])

@@ -199,6 +199,7 @@ def test_moe_debug_models_train_on_cpu_with_their_routing_frozen(
     assert len(names) == adapted
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler for CPU kernels: no g++")
 def test_compiled_blocks_are_one_graph_without_breaks_or_recompiles(
     hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
