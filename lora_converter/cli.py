@@ -1,4 +1,4 @@
-"""`lora-converter merge | export | inspect | plan | chat-data`: the tools that need no training job."""
+"""`lora-converter merge | export | inspect | combine | plan | chat-data`: the tools that need no training job."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_converter.combine import combine, describe, parse_term, subtracted
 from lora_converter.hf.peft_directory import PeftAdapter, is_peft_directory, load_peft, save_peft
 from lora_converter.inspect import describe_adapter, describe_model
 from lora_converter.merge import merge_directories
@@ -58,6 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_import(inspect)
     inspect.set_defaults(run=_inspect)
 
+    several = commands.add_parser("combine", help="several PEFT adapters -> one, the weighted sum of their updates")
+    several.add_argument("adapters", nargs="+", metavar="ADAPTER[:WEIGHT]", help="PEFT directory, e.g. my_adapter:0.7")
+    several.add_argument("--output", required=True, help="directory to make; must not exist")
+    several.add_argument(
+        "--subtract", action="store_true", help="the first minus all the others, each times its weight"
+    )
+    several.add_argument(
+        "--rank", type=int, help="at most, by SVD; its error is printed (default: exact, ranks add up)"
+    )
+    several.add_argument("--dtype", choices=DTYPES, help="of the result (default: the widest of the adapters')")
+    several.add_argument("--base", help="Hugging Face directory of the base, unquantized; asked for where it is needed")
+    several.add_argument("--accept-other-base", action="store_true", help="although the adapters name different bases")
+    several.set_defaults(run=_combine)
+
     plan = commands.add_parser("plan", help="what a step of a job takes on each GPU, without one")
     plan.add_argument("config", help="TOML file of the job; torchtitan's options may follow, and win over it")
     plan.add_argument("--gpus", type=int, help="of the whole job (default: as many as its layout asks for)")
@@ -105,6 +120,20 @@ def _inspect(options: argparse.Namespace) -> str:
         return describe_model(options.path, base=options.base)
     adapter = _read_step(options.path, options.custom_import)
     return describe_adapter(adapter, base=options.base, base_as=options.base_as)
+
+
+def _combine(options: argparse.Namespace) -> str:
+    terms = [parse_term(text) for text in options.adapters]
+    combined = combine(
+        subtracted(terms) if options.subtract else terms,
+        options.output,
+        rank=options.rank,
+        dtype=DTYPES.get(options.dtype),
+        base=options.base,
+        accept_other_base=options.accept_other_base,
+    )
+    text = describe(combined, per_module=options.rank is not None)
+    return f"{text}\nCombined {len(terms)} adapters into a PEFT directory: {options.output}"
 
 
 def _plan(options: argparse.Namespace) -> str:

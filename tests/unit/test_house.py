@@ -43,7 +43,7 @@ FLOORS = [
     {"adapters", "fingerprint", "increments", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
-    {"inspect", "inspect_experts", "merge", "peft", "sync"},
+    {"combine", "inspect", "inspect_experts", "merge", "peft", "sync"},
     {"run"},
     {"titan"},
     {"cli", "train"},
