@@ -14,7 +14,7 @@ from lora_converter.adapted import adapted_modules, adapter_parameters, adapters
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
 from lora_converter.names import known_key
-from lora_converter.tensors import copy_full_, full_tensor
+from lora_converter.tensors import copy_, full_tensor
 
 T = TypeVar("T")
 
@@ -63,8 +63,11 @@ def adapter_state_dict(model: nn.Module, *, full: bool = True) -> dict[str, torc
 def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], *, strict: bool = True) -> None:
     """Copies values into the adapters: every name and shape is checked first. Call it on all ranks.
 
+    The parameters stay the same objects, so several adapters can take turns in one model: see docs/library.md.
+
     Args:
-        state_dict: Whole tensors on every rank, or DTensors, of any floating dtype.
+        state_dict: Whole tensors on every rank, or DTensors, of any floating dtype. Those that are sharded as the
+            parameters are go there without communication.
         strict: Names that are no adapter of the model, and a model without adapters, are an error. Without it they are
             left alone, as a pipeline stage needs that is given the whole model's; what the model has must be there all
             the same.
@@ -85,4 +88,4 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Ten
             misfit.compare(name, state_dict[name].shape, param.shape)
     misfit.raise_if_any("The state dict does not fit the model's adapters.", words=_WORDS)
     for name, param in params.items():
-        copy_full_(param, full_tensor(state_dict[name]))
+        copy_(param, state_dict[name])

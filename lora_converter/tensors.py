@@ -23,6 +23,22 @@ def copy_full_(param: torch.Tensor, full: torch.Tensor) -> None:
     param.copy_(shard_like(full, param))
 
 
+@torch.no_grad()
+def copy_(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Copies a tensor of the same full shape into `param`.
+
+    One that is whole, or sharded as `param` is, without communication; one that is sharded otherwise is gathered.
+    """
+    if _layout(value) == _layout(param):
+        local_part(param).copy_(local_part(value))
+    else:
+        copy_full_(param, full_tensor(value))
+
+
+def _layout(value: torch.Tensor) -> object:
+    return (value.device_mesh, value.placements) if isinstance(value, DTensor) else None
+
+
 def local_part(value: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value

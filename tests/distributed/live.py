@@ -10,6 +10,7 @@ from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build
 from launch import main
 from parity import FSDP2, PP2, TP2, fill_b
 from tiny_models import base_options
+from torch.distributed.tensor.debug import CommDebugMode
 
 from lora_converter import (
     LoRALinear,
@@ -76,6 +77,25 @@ def live(folder: Path, layout: list[str]) -> None:
     else:
         raise AssertionError("accepted")
     assert torch.equal(out(model), adapted)
+
+    # Adapters take turns as shards, without communication.
+    own = {name: value.clone() for name, value in adapter_state_dict(model, full=False).items()}
+    other = {name: value * -1.5 for name, value in own.items()}
+    params = adapter_parameters(model)
+    with CommDebugMode() as sent:
+        load_adapter_state_dict(model, other)
+    assert sent.get_total_counts() == 0
+    turned = out(model)
+    assert not torch.equal(turned, adapted)
+    load_adapter_state_dict(model, own)
+    assert torch.equal(out(model), adapted)
+    load_adapter_state_dict(
+        model, {name: value * -1.5 for name, value in whole.items()}, strict=len(whole) == len(state)
+    )
+    assert torch.equal(out(model), turned)
+    load_adapter_state_dict(model, own)
+    reshard(model)
+    assert all(adapter_parameters(model)[name] is param for name, param in params.items())
 
     with disable_adapter(model):
         assert torch.equal(out(model), expected)

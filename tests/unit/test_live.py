@@ -117,6 +117,37 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(pair) -> None:
     load_adapter_state_dict(model, {**state, "elsewhere.lora_a.weight": torch.zeros(1)}, strict=False)
 
 
+def test_several_adapters_take_turns_in_one_model_and_cost_their_own_memory_alone() -> None:
+    model, x = plain()
+    apply_lora(model, LoRAConfig(rank=4))
+    params = adapter_parameters(model)
+    optimizer = torch.optim.SGD(params.values(), lr=0.1)
+    states, outputs = {}, {}
+    for number, name in enumerate(("first", "second")):
+        generator = torch.Generator().manual_seed(number)
+        for param in params.values():
+            param.data.normal_(generator=generator)
+        states[name] = {key: value.clone() for key, value in adapter_state_dict(model, full=False).items()}
+        outputs[name] = model(x).detach()
+    sizes = [sum(v.untyped_storage().nbytes() for v in state.values()) for state in states.values()]
+    assert sizes == 2 * [sum(param.nbytes for param in params.values())]
+    assert not torch.equal(outputs["first"], outputs["second"])
+    for name in ("first", "second", "first"):
+        load_adapter_state_dict(model, states[name])
+        assert torch.equal(model(x), outputs[name])
+    assert all(new is old for new, old in zip(adapter_parameters(model).values(), params.values(), strict=True))
+    wrong = {**states["second"], "2.lora_b.weight": torch.zeros(1, 4)}
+    with pytest.raises(ValueError, match=r"1 have another shape: 2\.lora_b\.weight is \(1, 4\) there"):
+        load_adapter_state_dict(model, wrong)
+    assert torch.equal(model(x), outputs["first"])
+
+    model(x).sum().backward()
+    optimizer.step()  # what the optimizer holds is still what the model uses, and no longer the state's
+    assert not torch.equal(model(x), outputs["first"])
+    load_adapter_state_dict(model, states["first"])
+    assert torch.equal(model(x), outputs["first"])
+
+
 def test_without_full_the_values_are_the_parameters_own(pair) -> None:
     _, model, _ = pair
     params = adapter_parameters(model)
