@@ -160,7 +160,7 @@ def _under_common_names(adapters: Sequence[PeftAdapter], names: Sequence[str]) -
     result: list[PeftAdapter] = []
     known: dict[str, None] = {}
     for name, adapter in zip(names, adapters, strict=True):
-        renamed = adapter.renamed(Aliases(known))
+        renamed = adapter.renamed(Aliases(known)) if known else adapter
         there = [old for old, new in zip(adapter.factors, renamed.factors, strict=True) if old != new]
         alone = [module for module in renamed.factors if module not in known]
         if there and alone:

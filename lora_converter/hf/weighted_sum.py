@@ -27,6 +27,9 @@ Tensor = torch.Tensor
 _CANCELS = 1e-12
 """A sum so much smaller than its terms is what rounding in fp64 leaves of zero."""
 
+_NEARLY_CANCELS = 1e-6
+"""The share of squares below which their sum, taken in fp64, has fewer than 10 digits."""
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -138,14 +141,14 @@ def _as_one(
     a, b, full = terms.a, terms.b, terms.a.shape[-2]
     norm = product_norm(b, a)
     if norm <= _CANCELS * terms.size:
-        norm, b = 0.0, torch.zeros_like(b)
-        kept = (a[..., :rank, :], b[..., :rank])
-        return (_rounded(kept[0], dtype), _rounded(kept[1], dtype)), Deviation(0.0, 0.0, full)
+        return (_rounded(a[..., :rank, :], dtype), _rounded(0 * b[..., :rank], dtype)), Deviation(0.0, 0.0, full)
     left, right = (b, a) if rank is None or full <= rank else truncated(b, a, rank)
     written = _rounded(right, dtype), _rounded(left, dtype)
-    if torch.equal(written[1].double(), b) and torch.equal(written[0].double(), a):
-        return written, Deviation(0.0, scaling * norm, full)
-    difference = torch.cat([b, -written[1].double()], dim=-1), torch.cat([a, written[0].double()], dim=-2)
+    own_a, own_b = (factor.double() for factor in written)
+    if torch.equal(own_a, a):
+        difference = b - own_b, a
+    else:
+        difference = torch.cat([b, -own_b], dim=-1), torch.cat([a, own_a], dim=-2)
     return written, Deviation(scaling * product_norm(*difference), scaling * norm, full)
 
 
@@ -163,10 +166,21 @@ def truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def product_norm(left: Tensor, right: Tensor) -> float:
-    """Frobenius norm of left · right, fp64, right to fp64's last digits also where the terms of the product cancel."""
+    """Frobenius norm of left · right, fp64, right to 10 digits of the sum's or 16 of its largest term's.
+
+    By the products of columns with each other; where the terms of the sum cancel, which those do not survive, by QR.
+    """
+    of_left, of_right = left.mT @ left, right @ right.mT
+    squared = float((of_left * of_right).sum())
+    if squared > _NEARLY_CANCELS * float((_diagonal(of_left) * _diagonal(of_right)).sum()):
+        return math.sqrt(squared)
     _, r_left = torch.linalg.qr(left, mode="r")
     _, r_right = torch.linalg.qr(right.mT, mode="r")
     return float((r_left @ r_right.mT).norm())
+
+
+def _diagonal(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1)
 
 
 def _rounded(value: Tensor, dtype: torch.dtype) -> Tensor:
