@@ -1,5 +1,6 @@
 """`lora-converter combine` against PEFT: its own sums of adapters, and its merged weights of what we write."""
 
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from lora_converter.cli import main
-from lora_converter.peft import load_peft
+from lora_converter.peft import CONFIG_FILE, load_peft
 
 pytestmark = pytest.mark.filterwarnings(
     # PEFT looks for the keys of its patterns among the modules that it adapts, and not among the parameters.
@@ -205,6 +206,14 @@ def test_adapters_on_experts_one_by_one_add_up_beside_dense_layers_of_the_same_n
     arguments = [f"{folder}:{weight}" for folder, weight in terms]
     check_sum(make, terms, combined(tmp_path / "stacked", *arguments))
     check_sum(make, terms, combined(tmp_path / "single", *arguments, "--base", tmp_path / "base"))
+    # As PEFT wrote it when transformers kept experts apart: 0.21 would load it, and drop its factors without a word.
+    path = terms[1][0] / CONFIG_FILE
+    config = json.loads(path.read_text())
+    old = {**config, "target_parameters": None, "target_modules": ["q_b_proj", "shared_experts.down_proj"]}
+    path.write_text(json.dumps(old))
+    combined(tmp_path / "of an old one", *arguments)
+    path.write_text(json.dumps(config))
+    check_sum(make, terms, tmp_path / "of an old one")
     names = load_peft(tmp_path / "single").factors
     assert any(".experts.3.gate_proj" in name for name in names) and not any("gate_up" in name for name in names)
 
