@@ -14,7 +14,10 @@ Every weight is rounded to bf16 before it is packed, and unpacked in fp32, round
 `packed_formats.py` has the formats, and `packed_ops.py` what computes with packed weights.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import prod
 
 import torch
@@ -38,6 +41,9 @@ class PackedFormat:
 
     rows_together = 1
     """Rows of a weight, from its first one on, that share a scale: `pack` wants whole groups, but for the last."""
+
+    first_code_is_high = False
+    """Of two codes a byte."""
 
     @property
     def block_bytes(self) -> int:
@@ -94,6 +100,12 @@ class PackedFormat:
         if packed.is_meta:
             return weight
         blocks, into = packed.flatten(0, -2), weight.view(-1, self.block)
+        if packed.is_cuda and (unpack_blocks := _kernel()):
+            table = self.table(packed.device)
+            unpack_blocks(
+                blocks.contiguous(), table, into, code_bytes=self.code_bytes, high_first=self.first_code_is_high
+            )
+            return weight
         for start in range(0, len(blocks), step := _CHUNK // self.block):
             codes, scales = self.split(blocks[start : start + step])
             into[start : start + step] = self._decode(codes, scales)
@@ -114,6 +126,10 @@ class PackedFormat:
         scales = packed[..., self.code_bytes :].contiguous().view(self.scale_dtype).squeeze(-1)
         return packed[..., : self.code_bytes], scales
 
+    def table(self, device: torch.device) -> Tensor:
+        """What each code stands for, fp32: (16), or (256) where a byte is one code."""
+        raise NotImplementedError
+
     def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """blocks: (out, blocks, block), fp32 -> codes and scales."""
         raise NotImplementedError
@@ -121,6 +137,16 @@ class PackedFormat:
     def _decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """codes: (blocks, code_bytes); scales: (blocks) -> (blocks, block), fp32."""
         raise NotImplementedError
+
+
+@functools.cache
+def _kernel() -> Callable[..., None] | None:
+    """Unpacks blocks on CUDA; None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    from lora_converter.packed_triton import unpack_blocks
+
+    return unpack_blocks
 
 
 def _matrices(value: Tensor, dims: int) -> Tensor:

@@ -7,7 +7,6 @@ that rows can be sharded.
 """
 
 import functools
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +19,10 @@ Tensor = torch.Tensor
 class NF4(PackedFormat):
     """The nearest of 16 fixed values, after division by the largest of the block. Between two, the lower one."""
 
-    def unpack(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
-        if not packed.is_cuda or find_spec("triton") is None:
-            return super().unpack(packed, dtype)
-        from lora_converter.packed_triton import unpack_nf4
+    first_code_is_high = True
 
-        weight = torch.empty(self.weight_shape(packed.shape), dtype=dtype, device=packed.device)
-        blocks, values = packed.flatten(0, -2).contiguous(), _nf4_values(packed.device)
-        unpack_nf4(blocks, values, weight.view(-1, self.block), code_bytes=self.code_bytes)
-        return weight
+    def table(self, device: torch.device) -> Tensor:
+        return _nf4_values(device)
 
     def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         absmax = blocks.abs().amax(-1)
@@ -42,6 +36,9 @@ class NF4(PackedFormat):
 
 class MXFP4(PackedFormat):
     """Sign, two bits of exponent, one of mantissa, times a power of two. Between two, the one with an even code."""
+
+    def table(self, device: torch.device) -> Tensor:
+        return _mxfp4_doubled(device)
 
     def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         largest = blocks.abs().amax(-1)
@@ -62,6 +59,9 @@ class FP8Blocks(PackedFormat):
     """float8_e4m3fn, times a scale per 128 x 128 that brings the largest to 448."""
 
     rows_together = 128
+
+    def table(self, device: torch.device) -> Tensor:
+        return _fp8_values(device)
 
     def _encode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         rows, step = blocks.shape[0], self.rows_together
@@ -150,7 +150,17 @@ def _mxfp4_bounds(device: torch.device) -> Tensor:
 
 
 @functools.cache
+def _mxfp4_doubled(device: torch.device) -> Tensor:
+    """Twice the values, since scales are half of them (see `_decode`)."""
+    return torch.cat([_MXFP4_SIZES, -_MXFP4_SIZES]).mul_(2).to(device)
+
+
+@functools.cache
 def _mxfp4_pairs(device: torch.device) -> Tensor:
-    """Of twice the values."""
-    values = 2 * torch.cat([_MXFP4_SIZES, -_MXFP4_SIZES])
-    return torch.stack([values.repeat(16), values.repeat_interleave(16)], -1).to(device)
+    values = _mxfp4_doubled(device)
+    return torch.stack([values.repeat(16), values.repeat_interleave(16)], -1)
+
+
+@functools.cache
+def _fp8_values(device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)

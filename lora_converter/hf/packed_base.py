@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora_converter.hf.expert_naming import HFExperts, hf_experts
 from lora_converter.hf.naming import StateDictAdapter, hf_linears
@@ -66,17 +67,28 @@ class PackedBase:
             weights = json.loads(metadata.get(_WEIGHTS, ""))
         except ValueError:
             weights = None
+        return PackedBase.of_patterns(form, weights, f"{what}, in its header")
+
+    @staticmethod
+    def of_patterns(form: str, weights: Any, what: str) -> "PackedBase":
+        """Of patterns that a file has.
+
+        Raises:
+            ValueError: They are none, or of a format that is not known here.
+        """
         if not isinstance(weights, list) or not all(isinstance(each, str) for each in weights):
-            raise ValueError(f"{what} is damaged: {_WEIGHTS} in its header is no list of names.")
+            raise ValueError(f"{what}: what was packed is no list of names.")
         if form not in FORMATS:
-            raise ValueError(f"{what}: {_FORMAT} = {form!r} in its header; known are {', '.join(FORMATS)}.")
+            raise ValueError(f"{what}: weights were packed as {form!r}; known are {', '.join(FORMATS)}.")
         if sum(map(_count, weights)) > _MOST_NAMES:
-            raise ValueError(f"{what} is damaged: {_WEIGHTS} in its header names more weights than any model has.")
+            raise ValueError(f"{what}: what was packed are more weights than any model has.")
         return PackedBase(form, tuple(weights))
 
 
 def packed_base(adapter: StateDictAdapter, packed: Mapping[str, tuple[str, tuple[int, ...]]]) -> PackedBase | None:
-    """A host's packed weights in Hugging Face's names. Those that have none are logged, and weights of two formats.
+    """A host's packed weights in Hugging Face's names; None if there are none.
+
+    Those that have no name are logged, and so are weights of two formats, of which there is no record.
 
     A weight whose columns Hugging Face's model has in another order has none: its blocks run along columns.
 
@@ -85,6 +97,8 @@ def packed_base(adapter: StateDictAdapter, packed: Mapping[str, tuple[str, tuple
             the weight before it was packed, (out, in) or (experts, out, in).
     """
     forms = sorted({form for form, _ in packed.values()})
+    if not forms:
+        return None
     if len(forms) > 1:
         logger.warning("LoRA: the base is packed as %s, which the adapter's directory has no words for.", forms)
         return None

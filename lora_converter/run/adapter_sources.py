@@ -19,7 +19,7 @@ from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
-from lora_converter.ranks import agreed, together, union_over_ranks
+from lora_converter.ranks import agreed, merged_over_ranks, together, union_over_ranks
 from lora_converter.run.base_identity import check_same_base, check_same_format
 from lora_converter.run.description import (
     DESCRIPTION,
@@ -80,7 +80,7 @@ class PeftSource:
         stored = host_experts(adapter, experts)
         peft = load_peft_everywhere(self._path, adapter, linears, stored)
         if peft.base_fingerprint:  # made by a run like this, which says what its base was packed as
-            forms = sorted({form for form, _ in model.packed_weights().values()})
+            forms = sorted({form for form, _ in merged_over_ranks(model.own_packed()).values()})
             was, config = peft.packed.form if peft.packed else "", model.host.job.config
             check_same_format(self._path, was, ", ".join(forms), accept=config.accept_other_base)
         description = model.description

@@ -5,9 +5,10 @@ step-N/lora.json    model, flavor, base with its fingerprint, and the settings o
 
 import json
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -16,6 +17,7 @@ from lora_converter.adapted import AdaptedModule, modules_of
 from lora_converter.adapters import configs_of
 from lora_converter.config import LoRAConfig
 from lora_converter.files import read_json, write_whole
+from lora_converter.hf.packed_base import PackedBase
 from lora_converter.run.job import Job
 from lora_converter.targets import reaches
 
@@ -44,6 +46,7 @@ class Description:
         base: Where the base weights came from; empty if the step holds them itself.
         base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
         base_format: What they were packed as then, `lora.base_format`.
+        packed: Which of them, format -> names, with numbers in braces (see `PackedBase`).
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
         data: What the batches were made of, option -> value; empty in steps of older versions.
@@ -57,10 +60,20 @@ class Description:
     custom_import: str = ""
     data: dict[str, Any] = field(default_factory=dict)
     base_format: str = ""
+    packed: dict[str, list[str]] = field(default_factory=dict)
 
     @staticmethod
-    def of_job(job: Job, base_fingerprint: str) -> "Description":
-        """That of a job's steps."""
+    def of_job(
+        job: Job, base_fingerprint: str, packed: Mapping[str, tuple[str, tuple[int, ...]]] = MappingProxyType({})
+    ) -> "Description":
+        """That of a job's steps.
+
+        Args:
+            packed: Packed weights -> their format, and their shape before.
+        """
+        names: dict[str, list[str]] = {}
+        for name, (form, _) in packed.items():
+            names.setdefault(form, []).append(name)
         lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
         base = job.base.path if job.base else ""
         return Description(
@@ -72,6 +85,7 @@ class Description:
             custom_import=job.custom_import,
             data=job.data,
             base_format=job.config.base_format,
+            packed={form: list(PackedBase.of(form, own).weights) for form, own in names.items()},
         )
 
     @staticmethod
@@ -90,7 +104,7 @@ class Description:
             return None
         except TypeError as e:
             raise ValueError(f"{path} is damaged ({e}).") from None
-        kinds = {"lora": dict, "data": dict}
+        kinds = {"lora": dict, "data": dict, "packed": dict}
         if not all(isinstance(value, kinds.get(name, str)) for name, value in vars(description).items()):
             raise ValueError(f"{path} is damaged: model, flavor and base must be strings, data a table.")
         return description

@@ -29,11 +29,13 @@ class RunModel:
 
     Attributes:
         base_fingerprint: Of the base that was loaded; empty before, and for a base without source.
+        packed: Packed weights of all ranks -> their format, and their shape before; empty before the base is loaded.
     """
 
     def __init__(self, host: Host):
         self.host, self.parts = host, host.model_parts
         self.base_fingerprint = ""
+        self.packed: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._names = {name for part in self.parts for name in adapter_parameters(part)}
 
     @functools.cached_property
@@ -54,7 +56,7 @@ class RunModel:
     @property
     def description(self) -> Description:
         """What the run's steps say of it."""
-        return Description.of_job(self.host.job, self.base_fingerprint)
+        return Description.of_job(self.host.job, self.base_fingerprint, self.packed)
 
     @property
     def adapted(self) -> list[AdaptedModule]:
@@ -95,6 +97,14 @@ class RunModel:
         if "pp" in self.host.meshes:
             sums = merged_over_ranks(sums)
         self.base_fingerprint = agreed(fingerprint(sums), "The fingerprint of the base")
+        if self.host.job.config.base_format:
+            self.packed = merged_over_ranks(self.own_packed())
+
+    def own_packed(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`packed`, of this rank's parts."""
+        params = {name: param for part in self.parts for name, param in plain_parameters(part)}
+        formats = {name: form for part in self.parts for name, form in packed_formats(part).items()}
+        return {name: (form, FORMATS[form].weight_shape(params[name].shape)) for name, form in formats.items()}
 
     def peft_names(self) -> dict[str, tuple[str, str]]:
         """Adapted weight -> the parameters that PEFT calls its lora_A and lora_B, of all ranks. A collective."""
@@ -104,15 +114,6 @@ class RunModel:
     def configs(self) -> dict[str, LoRAConfig]:
         """FQN -> settings of the adapted modules of all ranks. A collective."""
         mine = {module.lora_fqn: module.lora_config for module in self.adapted}
-        return merged_over_ranks(mine)
-
-    def packed_weights(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Packed weights of all ranks -> their format, and their shape before. A collective."""
-        mine = {}
-        for part in self.parts:
-            params = dict(plain_parameters(part))
-            for name, form in packed_formats(part).items():
-                mine[name] = (form, FORMATS[form].weight_shape(params[name].shape))
         return merged_over_ranks(mine)
 
     def has_experts(self) -> bool:

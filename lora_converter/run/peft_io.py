@@ -19,9 +19,11 @@ from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import LinearShapes, names_of_linears, to_peft
 from lora_converter.hf.expert_bridge import HostExperts, briefly, fitted_to, settings_of
 from lora_converter.hf.naming import StateDictAdapter, hf_name
+from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
 from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.packing import packable
 from lora_converter.ranks import agreed, together
 from lora_converter.run.description import DESCRIPTION, Description, adapters_in
 from lora_converter.run.host import ModelSource
@@ -154,7 +156,9 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     _, foreign = adapters_in(metadata, kinds, model.state_dict())
     if foreign:
         raise ValueError(f"{path}: PEFT has no form for {', '.join(foreign)}.")
-    config = LoRAConfig(**described.lora)
+    config, shapes = LoRAConfig(**described.lora), packable(model, classes)
+    patterns = [PackedBase.of_patterns(form, own, f"{path}") for form, own in described.packed.items()]
+    packed = {name: each.form for each in patterns for name in each.names()}
     targets = [fqn for fqn in modules_of(stored, [LoRALinear]) if fqn in linears]
     targets += [
         f"{fqn}.{weight}"
@@ -162,7 +166,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         for weight, (a, _) in kind.peft_factors.items()
         if f"{fqn}.{a}" in stored
     ]
-    if not targets:
+    if not targets or packed.keys() - shapes.keys():
         raise ValueError(f"{path} is damaged: no adapter is not what {DESCRIPTION} says.")
     adapted = apply_lora(model, replace(config, target_modules=targets, exclude_modules=[]), expert_classes=classes)
     params = adapter_parameters(model)
@@ -182,4 +186,5 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         has_experts=has_stacked_experts(model),
         base_model=base or described.base,
         base_fingerprint=described.base_fingerprint,
+        packed=packed_base(adapter, {name: (form, shapes[name]) for name, form in packed.items()}),
     )

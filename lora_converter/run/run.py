@@ -124,7 +124,6 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
-        packed = self.model.packed_weights() if self.config.base_format else {}
         gathered = self.model.gather_adapters(self.job.export_dtype)
         if is_first_rank():
             peft = to_peft(
@@ -138,7 +137,7 @@ class Run:
                 has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
                 base_fingerprint=self.model.base_fingerprint,
-                packed=packed_base(adapter, packed) if packed else None,
+                packed=packed_base(adapter, self.model.packed),
             )
             if not is_peft_directory(path):
                 discard(Path(path))

@@ -1,4 +1,4 @@
-"""The kernel that unpacks NF4 on CUDA, against plain operations: on a GPU, and without one in Triton's interpreter."""
+"""The kernel that unpacks weights on CUDA is the plain unpacking: on a GPU, or in Triton's interpreter."""
 
 import os
 import shutil
@@ -9,13 +9,17 @@ import pytest
 
 CODE = """
 import sys, torch
-from lora_converter.packed_formats import _NF4_VALUES, FORMATS
-from lora_converter.packed_triton import unpack_nf4
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packed_triton import unpack_blocks
 
 device, *dtypes = sys.argv[1:]
-for form in (FORMATS["nf4"], FORMATS["nf4-fp32"]):
-    for shape in ((5, 7, 320), (1, 64), (33, 192)):
-        packed = form.pack(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+any_byte = torch.Generator().manual_seed(0)
+for form in FORMATS.values():
+    for shape in ((5, 7, 384), (1, 128), (33, 256)):
+        packed = form.pack(torch.randn(shape, generator=any_byte))
+        packed[..., : form.code_bytes] = torch.randint(256, packed[..., : form.code_bytes].shape, generator=any_byte)
+        if form.name == "mxfp4":  # every power, those below fp32's normal numbers too
+            packed[..., -1] = torch.arange(packed[..., -1].numel()).view(packed.shape[:-1]) % 255
         for dtype in dtypes:
             dtype = getattr(torch, dtype)
             expected = form.unpack(packed, dtype)
@@ -23,8 +27,10 @@ for form in (FORMATS["nf4"], FORMATS["nf4-fp32"]):
                 found = form.unpack(packed.cuda(), dtype).cpu()
             else:
                 found = torch.full(shape, torch.nan, dtype=dtype)
-                unpack_nf4(packed.flatten(0, -2), _NF4_VALUES, found.view(-1, 64), code_bytes=32)
-            assert torch.equal(found, expected), (form.name, shape, dtype)
+                how = dict(code_bytes=form.code_bytes, high_first=form.first_code_is_high)
+                unpack_blocks(packed.flatten(0, -2), form.table(packed.device), found.view(-1, form.block), **how)
+            same = (found == expected) | (found.isnan() & expected.isnan())
+            assert same.all(), (form.name, shape, dtype, (~same).sum())
 """
 
 
