@@ -100,6 +100,7 @@ MODELS = {
     "qwen3_loop": ["--model.name=qwen3", "--model.flavor=tiny_loop"],
     "llama4": ["--model.name=llama4"],
     "qwen3_wide": ["--model.name=qwen3", *WIDE],
+    "deepseek_wide": ["--model.name=deepseek_v3", *WIDE],
     "gpt_oss": ["--model.name=gpt_oss_in_fp32"],
 }
 LLAMAS: dict[str, dict[str, int]] = {"llama3": {}, "llama3_wide": WIDE_LLAMA}
