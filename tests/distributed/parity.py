@@ -197,6 +197,10 @@ VARIANTS = {
     "packed experts, CP2": row(2, CP2, model="qwen3_wide", job=PACKED_EXPERTS),
     "packed experts, EP2 x FSDP2": row(4, FSDP4, EP2, model="qwen3_wide", job=PACKED_EXPERTS),
     "packed experts, EP4 x FSDP2 by features": row(8, FSDP8, EP4, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, DDP2": row(2, DDP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, HSDP 2x2": row(4, REPLICATE2, FSDP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, TP2 x FSDP2": row(4, TP2, FSDP2, model="qwen3_wide", job=PACKED_EXPERTS),
+    "packed experts, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_wide", job=PACKED_EXPERTS),
     "packed experts without adapters, EP2": row(2, FSDP2, EP2, model="qwen3_wide", job=PACKED),
     "packed experts without adapters, TP2": row(2, TP2, model="qwen3_wide", job=PACKED),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
@@ -220,7 +224,8 @@ BY_HAND = (
     "experts of deepseek_v3, EP4",
     *(f"packed, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("packed, PP2 x CP2 x FSDP2", "packed and full AC, TP2", "packed, CPU offload, FSDP2"),
-    *("packed experts, EP2 x FSDP2", "packed experts without adapters, TP2"),
+    *(f"packed experts, {layout}" for layout in ("DDP2", "HSDP 2x2", "TP2 x FSDP2", "EP2 x FSDP2", "EP2 x TP2")),
+    *("packed experts, FSDP2", "packed experts without adapters, TP2"),
     *(f"experts of gpt_oss, {layout}" for layout in ("FSDP2", "DDP2", "TP2 x FSDP2", "EP4 x FSDP2 by features")),
 )
 """`scripts/parity.sh` alone runs these: CI has each of their layouts with another model, or each of their parts."""
