@@ -79,7 +79,10 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
         stored = {name: folder.formats[parts[0].name] for name, parts in found.items() if parts}
     if form == AS_RELEASED:
         if base is None:
-            raise ValueError(f'{option} depends on the folder of the base, and here is none. Name one, or set "nf4".')
+            raise ValueError(
+                f'{option} depends on the folder of the base, and none is read here, as in every plan. Set "nf4", or in '
+                "a job checkpoint.enable = true and checkpoint.initial_load_path."
+            )
         if not stored:
             raise ValueError(
                 f"{option}: {base.path} has no weights that are packed in a way that can be kept (bitsandbytes NF4, "

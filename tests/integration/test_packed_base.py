@@ -15,7 +15,6 @@ from harness import BASE_CONFIG, Run, adapter_state, build, full_state, train
 from hf_models import save_tiny_llama
 from memory import Made
 from safetensors.torch import load_file, save_file
-from test_checkpoint import failing
 from tiny_models import MODELS, WIDE, WIDE_LLAMA
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -72,14 +71,18 @@ def fingerprint(run: Run) -> str:
     return run.trainer.checkpointer.run.model.base_fingerprint
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its embedding holds what bf16 can, as most bases' do."""
-    folder = save_tiny_llama(tmp_path_factory.mktemp("wide"), **WIDE_LLAMA)
+def save_wide_base(folder: Path) -> Path:
+    """A Llama of tiny_wide's size. Its embedding holds what bf16 can, as most bases' do."""
+    save_tiny_llama(folder, **WIDE_LLAMA)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].bfloat16().float()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wide_base(tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(scope="module")
@@ -128,29 +131,6 @@ def test_a_step_holds_adapters_alone_and_is_resumed(packed: Run, base: Path, tmp
     assert again.losses == packed.losses[2:]
     theirs = adapter_state(packed)
     assert all(torch.equal(value, theirs[name]) for name, value in adapter_state(again).items())
-
-
-@pytest.mark.parametrize("way", ["resume", "start from"])
-def test_another_format_is_another_base(
-    packed: Run, base: Path, tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    step = Path(packed.trainer.job_config.job.dump_folder) / "checkpoint/step-3"
-    options: tuple[str, ...] = on(base, "--training.steps=4", "--lr_scheduler.total_steps=4")
-    if way == "resume":
-        shutil.copytree(step.parents[1], tmp_path / "run")
-        step = tmp_path / "run/checkpoint/step-3"
-    else:
-        options = (*options, f"--lora.initial_adapter_path={step}")
-    _, message = failing(tmp_path / "run", *options)
-    both = f"{step} was trained on a base that was packed as 'nf4'; the base here is not packed."
-    assert message == f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true."
-    for remedy in ("--lora.accept_other_base", NF4):
-        run = build(tmp_path / "run", *options, remedy)
-        run.trainer.checkpointer.load()
-        run.trainer.close()
-        theirs = adapter_state(packed)
-        assert all(torch.equal(value, theirs[name]) for name, value in adapter_state(run).items())
-    assert f"{both} lora.accept_other_base is set, so it is used all the same." in caplog.text
 
 
 def test_a_dcp_base_is_packed_as_a_folder_of_hugging_face(packed: Run, base: Path, tmp_path: Path) -> None:

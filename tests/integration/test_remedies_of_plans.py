@@ -49,6 +49,10 @@ REFUSED = {
         "--parallelism.data_parallel_shard_degree=2",
         *EP4,
     ],
+    'depends on the folder of the base, and none is read here, as in every plan. Set "nf4", or in a job ': [
+        JOB,
+        "--lora.base_format=as-released",
+    ],
     "is no TOML file: Expected '=' after a key": [f"{ROOT}/README.md"],
 }
 """Messages that say what is allowed, or what went wrong."""
