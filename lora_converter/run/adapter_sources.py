@@ -20,7 +20,7 @@ from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.ranks import agreed, merged_over_ranks, together, union_over_ranks
-from lora_converter.run.base_identity import check_same_base, check_same_format
+from lora_converter.run.base_identity import check_same_base, check_same_converters, check_same_format
 from lora_converter.run.description import (
     DESCRIPTION,
     Description,
@@ -146,9 +146,9 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     there, foreign = adapters_in(step.stored, model.kinds, model.base_names(), ours=model.adapter_names())
     here, experts = model.adapted_fqns(), model.expert_shapes()
     if described is not None:
-        config = model.host.job.config
-        there_format = described.base_format
-        check_same_format(f"{step.path}", there_format, config.base_format, accept=config.accept_other_base)
+        job, path, accept = model.host.job, f"{step.path}", model.host.job.config.accept_other_base
+        check_same_format(path, described.base_format, job.config.base_format, accept=accept)
+        check_same_converters(path, described.converters, job.converters, accept=accept)
     return check_same_run(
         f"{step.path}", described, model.description, there=there, here=here, experts=experts, foreign=foreign
     )

@@ -1,6 +1,7 @@
-"""Which base adapters were trained on: its fingerprint, and what its weights were packed as."""
+"""Which base adapters were trained on: its fingerprint, what its weights were packed as, what else changed it."""
 
 import logging
+from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,25 @@ def check_same_format(path: str, there: str, here: str, *, accept: bool) -> None
     both = f"{path} was trained on a base that was {was}; the base here is {is_now}."
     if not accept:
         raise ValueError(f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true.")
+    logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
+
+
+def check_same_converters(path: str, there: Sequence[str] | None, here: Sequence[str], *, accept: bool) -> None:
+    """Refuses adapters that were trained on a model that computes something else, on float8 linears say.
+
+    Args:
+        there: The other converters of the run in `path`, in order; None if not known.
+        here: The job's.
+        accept: Only warn.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if there is None or list(there) == list(here):
+        return
+    both = f'Beside "lora" {path} was trained with model.converters {list(there)}; here they are {list(here)}.'
+    if not accept:
+        raise ValueError(f"{both} Set model.converters as they were there, or set lora.accept_other_base = true.")
     logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
 
 

@@ -50,6 +50,7 @@ class Description:
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
         data: What the batches were made of, option -> value; empty in steps of older versions.
+        converters: What else changed what the model computes, see `Job`; None in steps of older versions.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Description:
     data: dict[str, Any] = field(default_factory=dict)
     base_format: str = ""
     packed: dict[str, list[str]] = field(default_factory=dict)
+    converters: list[str] | None = None
 
     @staticmethod
     def of_job(
@@ -86,6 +88,7 @@ class Description:
             data=job.data,
             base_format=job.config.base_format,
             packed={form: list(PackedBase.of(form, own).weights) for form, own in names.items()},
+            converters=list(job.converters),
         )
 
     @staticmethod
@@ -104,9 +107,16 @@ class Description:
             return None
         except TypeError as e:
             raise ValueError(f"{path} is damaged ({e}).") from None
-        kinds = {"lora": dict, "data": dict, "packed": dict}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "lora": dict,
+            "data": dict,
+            "packed": dict,
+            "converters": (list, type(None)),
+        }
         if not all(isinstance(value, kinds.get(name, str)) for name, value in vars(description).items()):
-            raise ValueError(f"{path} is damaged: model, flavor and base must be strings, data a table.")
+            raise ValueError(
+                f"{path} is damaged: model, flavor and base must be strings, data a table, converters a list."
+            )
         return description
 
     def write(self, folder: str | Path) -> None:

@@ -29,8 +29,8 @@ class RunConfig(LoRAConfig):
 
     accept_other_base: bool = False
     """
-    Resume, or start from initial_adapter_path, although the base's fingerprint is not the one that the adapters were
-    trained on. Without it that is an error.
+    Resume, or start from initial_adapter_path, although the base's fingerprint, its format or other model.converters are
+    not those that the adapters were trained on. Without it that is an error.
     """
 
     save_merged: bool = False
@@ -98,6 +98,7 @@ class Job:
         not_loaded: Parts of a step that are left out of loading: "optimizer", "dataloader", ...
         saves: Whether the run writes to its folder at all.
         data: What its batches are made of, option -> value: under other values a step's place in the data is none.
+        converters: What else changes what the host's model computes, by name, in order: float8, fake quantization ...
     """
 
     model: str
@@ -113,3 +114,4 @@ class Job:
     not_loaded: tuple[str, ...] = ()
     saves: bool = True
     data: dict[str, Any] = field(default_factory=dict)
+    converters: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.ranks import agreed_options
 from lora_converter.run.description import PARTS
-from lora_converter.titan.job import CHAT, base_of, full_phase_result
+from lora_converter.titan.job import CHAT, NAME, base_of, full_phase_result
 from lora_converter.titan.packed_base import wrong_with_packed_base
 
 MISSING_CONFIG_MODULE = (
@@ -23,8 +23,8 @@ MISSING_CONFIG_MODULE = (
     'add custom_config_module = "lora_converter.titan" under [job].'
 )
 
-NAME, FLOAT8 = "lora", "quantize.linear.float8"
-"""Of converters."""
+FLOAT8 = "quantize.linear.float8"
+"""Of a converter."""
 
 _OF_THE_MACHINE = ("comm.", "fault_tolerance.", "job.config_file", "metrics.", "profiling.")
 """What may differ between ranks of the job config, but for how often metrics are reduced over them."""

@@ -29,7 +29,6 @@ from lora_converter.swap import swap_class
 from lora_converter.titan.checks import (
     FLOAT8,
     MISSING_CONFIG_MODULE,
-    NAME,
     check_converter_order,
     check_expert_biases,
     check_float8,
@@ -41,7 +40,7 @@ from lora_converter.titan.compiling import allow_kinds_of_layers
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.installed import install
-from lora_converter.titan.job import job_of
+from lora_converter.titan.job import NAME, job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names

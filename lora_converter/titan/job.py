@@ -10,6 +10,9 @@ from lora_converter.run.job import Base, Job
 CHAT = "chat"
 """The dataset that is conversations (see `chat.py`)."""
 
+NAME = "lora"
+"""Of our converter."""
+
 FULL_PHASE_FOLDER = "_full_phase"
 """Added to the names of the folders of phase 1."""
 
@@ -31,6 +34,7 @@ def job_of(job_config: Any) -> Job:
         not_loaded=tuple(name for name in checkpoint.exclude_from_loading if name),
         saves=checkpoint.enable and not checkpoint.load_only,
         data=_data_of(job_config),
+        converters=tuple(name for name in model.converters if name != NAME),
     )
 
 

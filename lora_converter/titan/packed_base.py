@@ -80,8 +80,8 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
     if form == AS_RELEASED:
         if base is None:
             raise ValueError(
-                f'{option} depends on the folder of the base, and none is read here, as in every plan. Set "nf4", or in '
-                "a job checkpoint.enable = true and checkpoint.initial_load_path."
+                f'{option} depends on the folder of the base, and none is read here, as in every plan. Set "nf4", or '
+                "in a job checkpoint.enable = true and checkpoint.initial_load_path."
             )
         if not stored:
             raise ValueError(

@@ -145,7 +145,7 @@ def test_a_dcp_base_is_packed_as_a_folder_of_hugging_face(packed: Run, base: Pat
 
 
 def test_no_more_than_a_few_modules_are_dense_at_a_time(base: Path, tmp_path: Path) -> None:
-    """Everything that the load makes: a twin, of the folder (fp32) what is read and was read last, what packing takes."""
+    """Everything that the load makes: a twin, of the folder (fp32) two tensors, what packing takes."""
     run = build(tmp_path, *on(base, NF4))
     model = run.trainer.model_parts[0]
     largest = 2 * 384 * 128  # of one module, bf16

@@ -1,6 +1,7 @@
 """Quantization-aware training by a converter of the user's, with adapters: torchtitan's trainer, one rank."""
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from harness import BASE_CONFIG, adapter_state, build, finish, full_state, parse
 from hf_models import tiny_llama
 from peft import PeftModel
 from qat_converter import IMPORT, INPUTS_TOO, WEIGHTS_ALONE, Int4Weights, Int8InputsInt4Weights
+from test_checkpoint import failing
 from torch.distributed.checkpoint import FileSystemReader
 from torchao.quantization.qat import FakeQuantizedLinear
 from torchtitan.components.quantization import QuantizationConverter
@@ -60,6 +62,35 @@ def test_a_job_on_fake_quantized_linears_is_saved_resumed_and_exported(hf_base: 
     assert (base - expected).norm() > 0.1 * expected.norm()
     # fp32 with another attention kernel, whose last bits make some inputs another int8.
     assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("way", ["resume", "start from"])
+def test_adapters_go_on_under_the_converters_of_their_training(
+    way: str, hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = train(tmp_path / "run", *on(hf_base), *WEIGHTS_ALONE, "--training.steps=1")
+    step, folder, start = tmp_path / "run/checkpoint/step-1", tmp_path / "run", ["--training.steps=2"]
+    if way == "start from":
+        folder, start = tmp_path / "next", [f"--lora.initial_adapter_path={step}"]
+
+    def takes(*options: str) -> bool:
+        run = build(folder, *on(hf_base), *start, *options)
+        run.trainer.checkpointer.load()
+        run.trainer.close()
+        theirs = adapter_state(first)
+        return all(torch.equal(value, theirs[name]) for name, value in adapter_state(run).items())
+
+    for here, options in ((["my_int8_int4"], INPUTS_TOO), ([], ())):
+        _, message = failing(folder, *on(hf_base), *start, *options)
+        both = f"Beside \"lora\" {step} was trained with model.converters ['my_int4']; here they are {here}."
+        assert message == (f"{both} Set model.converters as they were there, or set lora.accept_other_base = true.")
+    assert takes(*WEIGHTS_ALONE) and "lora.accept_other_base is set" not in caplog.text
+    assert takes("--lora.accept_other_base")
+    assert f"{both} lora.accept_other_base is set, so it is used all the same." in caplog.text
+    described = json.loads((step / "lora.json").read_text())
+    assert described.pop("converters") == ["my_int4"]
+    (step / "lora.json").write_text(json.dumps(described))  # as older versions wrote it
+    assert takes()
 
 
 def test_a_converter_that_takes_adapters_off_is_found(
