@@ -29,7 +29,7 @@ class RunConfig(LoRAConfig):
 
     accept_other_base: bool = False
     """
-    Resume, or start from initial_adapter_path, although the base's fingerprint, its format or other model.converters are
+    Resume, or start from initial_adapter_path, although the base's fingerprint, its format or the other converters are
     not those that the adapters were trained on. Without it that is an error.
     """
 
