@@ -214,12 +214,13 @@ def draw(runs: list[Run], path: Path) -> None:
     """Curves above, relative differences to the baseline below."""
     figure, (curves, differences) = plt.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     baseline = runs[0].losses
-    for run in runs:
-        curves.plot(list(run.losses), list(run.losses.values()), label=run.name)
-    for run in runs[1:]:
+    for number, run in enumerate(runs):
+        line = "--" if number else "-"  # so that curves that lie on the baseline's leave it to be seen
+        curves.plot(list(run.losses), list(run.losses.values()), line, color=f"C{number}", label=run.name)
+    for number, run in enumerate(runs[1:], 1):
         common = [step for step in run.losses if step in baseline]
         gap = [abs(run.losses[step] - baseline[step]) / abs(baseline[step]) for step in common]
-        differences.plot(common, gap, label=run.name)
+        differences.plot(common, gap, color=f"C{number}", label=run.name)
     curves.set(ylabel="loss")
     differences.set(xlabel="step", ylabel=f"relative difference to {runs[0].name}", yscale="symlog")
     differences.set_yscale("symlog", linthresh=1e-9)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -57,6 +58,8 @@ REFUSED = {
 }
 """Messages that say what is allowed, or what went wrong."""
 
+TOO_LARGE = [JOB, "--memory", "0.02"]
+
 
 def small(command: list[str]) -> list[str]:
     """With few tokens, unless it says how many."""
@@ -79,7 +82,10 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found() -> dict[str, tuple[int, str, str]]:
     """JSON of a command's arguments -> exit code, output, errors."""
-    commands = [small(command) for pair in TROUBLES.values() for command in pair] + list(REFUSED.values())
+    commands = [small(command) for pair in TROUBLES.values() for command in pair] + [
+        *REFUSED.values(),
+        small(TOO_LARGE),
+    ]
     once = {json.dumps(command): command for command in commands}
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     run = subprocess.run(
@@ -102,3 +108,18 @@ def test_what_a_message_asks_for_leads_to_a_plan(message: str, found: dict[str, 
 def test_what_is_wrong_is_said(message: str, found: dict[str, tuple[int, str, str]]) -> None:
     code, _, error = found[json.dumps(REFUSED[message])]
     assert code == 1 and message in error and "Traceback" not in error
+
+
+def test_what_would_change_a_job_that_does_not_fit_is_shown_with_its_numbers(
+    found: dict[str, tuple[int, str, str]],
+) -> None:
+    """A packed base among it: of this model 42 linears, not the embedding and the head."""
+    code, plan, error = found[json.dumps(small(TOO_LARGE))]
+    assert code == 0 and "Does not fit in 0.02 GiB" in plan, error
+    lines = plan.partition("What would change it:\n")[2].partition("\n\n")[0].splitlines()
+    names = ["packed base (nf4)", "FSDP 2, 2 GPUs", "TP 2, 2 GPUs", "full AC", "sequence 32"]
+    assert [line[2:24].rstrip() for line in lines] == names
+    figures = [re.search(r"kept +[\d.]+, peak +([\d.]+), .* = base ([\d.]+) ", line) for line in lines]
+    peaks, bases = zip(*(map(float, figure.groups()) for figure in figures if figure), strict=True)
+    assert len(peaks) == 5 and peaks[0] < peaks[-1]
+    assert bases[0] < bases[-1]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def planned(*jobs: tuple[str, list[str], int, bool]) -> list[Estimate]:
-    """The estimates of rank 0 of jobs: TOML file, options, GPUs, and whether with CUDA's kernels. llama3 has `tiny`."""
+    """The estimates of rank 0 of jobs: TOML file, options, GPUs, and whether with CUDA's kernels. There are tiny models."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, __file__, json.dumps(jobs)]
     run = subprocess.run(command, env=dict(os.environ, PYTHONPATH=paths), capture_output=True, text=True, cwd=ROOT)
@@ -22,7 +22,8 @@ def planned(*jobs: tuple[str, list[str], int, bool]) -> list[Estimate]:
 
 def main() -> None:
     """Prints them as JSON."""
-    import harness  # noqa: F401  has the flavor
+    import harness  # noqa: F401  has the flavors
+    import tiny_models  # noqa: F401
 
     from lora_converter.titan.plan import job_without_files
     from lora_converter.titan.plan_trainer import estimate
