@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def planned(*jobs: tuple[str, list[str], int, bool]) -> list[Estimate]:
-    """The estimates of rank 0 of jobs: TOML file, options, GPUs, and whether with CUDA's kernels. There are tiny models."""
+    """The estimates of rank 0 of jobs: TOML file, options, GPUs, and whether with CUDA's kernels. Tiny models too."""
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, __file__, json.dumps(jobs)]
     run = subprocess.run(command, env=dict(os.environ, PYTHONPATH=paths), capture_output=True, text=True, cwd=ROOT)
