@@ -8,11 +8,12 @@ Shape = Iterable[int]
 
 @dataclass
 class Misfit:
-    """What a file or state dict lacks, has in another shape, or has too much, compared with a model."""
+    """What a file or state dict lacks, has in another shape, has too much, or as codes, compared with a model."""
 
     missing: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    codes: list[str] = field(default_factory=list)
 
     def compare(self, name: str, there: Shape, here: Shape) -> None:
         """Notes a tensor whose shape is not the model's."""
@@ -30,7 +31,7 @@ class Misfit:
 
         Args:
             what: What does not fit what: `The base in F does not fit the model.`
-            words: What to say after the number of `missing`, `misshapen` and `unknown` names, in this order.
+            words: What to say after the number of `missing`, `misshapen`, `unknown` and `codes` names, in this order.
             hint: What to do.
 
         Raises:

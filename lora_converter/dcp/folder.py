@@ -13,7 +13,7 @@ from lora_converter.fit import Misfit
 from lora_converter.ranks import agreed, together, union_over_ranks
 
 _HINT = "Check model.flavor and the folder."
-_WORDS = {"missing": "keys are missing", "misshapen": "keys have another shape"}
+_WORDS = {"missing": "keys are missing", "misshapen": "keys have another shape", "codes": "keys are no weights"}
 
 
 def stored_in(path: str, option: str, *, hint: str = "") -> Metadata:
@@ -45,7 +45,10 @@ def agreed_metadata(path: str | Path, option: str, digest: str) -> None:
 
 
 def check_fits(wanted: Mapping[str, Any], stored: Metadata, what: str) -> None:
-    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape."""
+    """Raises one ValueError, the same on all ranks, that names every key that is missing or has another shape.
+
+    So it names weights that are stored as codes, integers or float8, whose values are not what they stand for.
+    """
     misfit = Misfit()
     for name, tensor in wanted.items():
         entry = stored.state_dict_metadata.get(name)
@@ -53,9 +56,12 @@ def check_fits(wanted: Mapping[str, Any], stored: Metadata, what: str) -> None:
             misfit.missing.append(name)
         elif isinstance(entry, TensorStorageMetadata):
             misfit.compare(name, entry.size, tensor.shape)
+            there, here = entry.properties.dtype, tensor.dtype
+            if here.is_floating_point and not (there.is_floating_point and (there.itemsize > 1 or there == here)):
+                misfit.codes.append(f"{name} is {_short(there)} there and {_short(here)} in the model")
         elif isinstance(tensor, torch.Tensor):
             misfit.misshapen.append(f"{name} is no tensor there and {tuple(tensor.shape)} in the model")
-    on_all_ranks = Misfit(missing=union_over_ranks(misfit.missing), misshapen=union_over_ranks(misfit.misshapen))
+    on_all_ranks = Misfit(**{kind: union_over_ranks(names) for kind, names in vars(misfit).items()})
     on_all_ranks.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint=_HINT)
 
 
@@ -88,3 +94,7 @@ class DcpBase:
                 load(part, self._path, self._stored, no_dist=True)
 
         together(read)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -254,3 +254,14 @@ def test_a_weight_that_is_stored_as_a_value_does_not_fit(tmp_path: Path) -> None
     dcp.save({"w": "hello"}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     with pytest.raises(ValueError, match=r"w is no tensor there and \(2,\) in the model"):
         check_fits({"w": torch.zeros(2)}, read_metadata(tmp_path / "dcp"), "it")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_codes_of_the_shape_of_a_weight_do_not_fit(tmp_path: Path, dtype: torch.dtype) -> None:
+    """DCP would cast them to the weight's dtype."""
+    stored = {"w": torch.ones(2).to(dtype), "half": torch.ones(2).half(), "count": torch.ones(2).to(dtype)}
+    dcp.save(stored, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    wanted = {"w": torch.zeros(2), "half": torch.zeros(2), "count": torch.ones(2).to(dtype)}
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"1 keys are no weights: w is {name} there and float32 in the model\."):
+        check_fits(wanted, read_metadata(tmp_path / "dcp"), "it")
