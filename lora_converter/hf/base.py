@@ -8,8 +8,9 @@ in another way is read whole, one weight at a time.
 """
 
 import functools
+import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from lora_converter.hf.pieces import Piece, PieceReader, Whole, blocks_of, packe
 from lora_converter.hf.quantized import packed_parts, quantization_everywhere
 from lora_converter.packed_formats import FORMATS
 from lora_converter.ranks import together
+
+logger = logging.getLogger(__name__)
 
 
 class HuggingFaceBase:
@@ -106,11 +109,27 @@ class HuggingFaceBase:
             for part in self._base.parts():
                 renamed = self._others_renamed(part)
                 read(renamed, self.path, self._reader, PieceReader(self._pieces(part)), no_dist=True)
-                for name, value in self.adapter.from_hf(renamed).items():
+                given = self.adapter.from_hf(renamed)
+                self._check_all_are_given(part, given)
+                for name, value in given.items():
                     if name in part and value is not part[name]:
                         part[name].copy_(value)
 
         together(read_parts)
+
+    def _check_all_are_given(self, part: dict[str, Any], given: Container[str]) -> None:
+        """Refuses to pack what the adapter leaves out: whatever the memory held. What is not packed is told."""
+        lost = [n for n in part if not any(n in known for known in (given, self._parts, self._whole))]
+        if packed := [name for name in lost if name in self._base.formats]:
+            raise ValueError(
+                f"{self.path} gives no values to {len(packed)} weights that are to be packed, which "
+                f"{type(self.adapter).__name__} does not name: {', '.join(packed)}. Load a DCP folder."
+            )
+        if matrices := [name for name in lost if isinstance(part[name], torch.Tensor) and part[name].ndim > 1]:
+            logger.warning(
+                f"LoRA: {self.path} gives no values to {len(matrices)} weights, which {type(self.adapter).__name__} "
+                f"does not name, and which stay as they were initialised: {', '.join(matrices)}."
+            )
 
     def _pieces(self, entries: dict[str, Any]) -> Iterator[Piece]:
         for name, value in entries.items():

@@ -90,7 +90,10 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
             )
         formats = stored
     else:
-        formats = {name: stored[name] if stored.get(name, "").startswith(form) else form for name in shapes}
+        # One format, though what the folder has not packed needs no absmaxes in fp32: experts have one, and adapters
+        # know their base by it.
+        own = sorted({kept for kept in stored.values() if kept.startswith(form)})
+        formats = dict.fromkeys(shapes, own[-1] if own else form)
     logger.info(_describe(pack_model(model, formats, expert_classes=EXPERT_CLASSES)))
 
 
