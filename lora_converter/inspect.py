@@ -12,6 +12,7 @@ from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
+from lora_converter.hf.quantized_schemes import NF4_PARTS
 from lora_converter.inspect_experts import (
     beside_error,
     count_modules,
@@ -111,8 +112,9 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
     return "\n".join([*head, *lines])
 
 
-_SCALES = {"_scales": "_blocks", "_scale_inv": ""}
-"""How scales are named -> how the weight beside them is: gpt-oss's and DeepSeek's."""
+_ABSMAX = ".absmax"
+_SCALES = {"_scales": "_blocks", "_scale_inv": "", **dict.fromkeys(NF4_PARTS, "")}
+"""How scales are named -> how the weight beside them is: gpt-oss's, DeepSeek's and bitsandbytes'."""
 
 
 class _Weights:
@@ -145,7 +147,7 @@ class _Weights:
             ValueError: It is not there.
         """
         if f"{key}_blocks" in self._places:
-            raise ValueError(f"{key} is quantized in the base: an update cannot be shown beside it.")
+            raise self._is_quantized(key)
         if key not in self._places:
             raise ValueError(f"The base has no {key}. Name the Hugging Face directory that the adapter was made for.")
         if self._file is None or self._path != self._places[key][0]:
@@ -154,14 +156,24 @@ class _Weights:
         return self._file.get_tensor(key) if row is None else self._file.get_slice(key)[row : row + 1]
 
     def elements(self, key: str) -> int:
-        """Of the weights that a tensor holds: two in a byte of MXFP4's blocks, and none in scales beside a weight."""
+        """Of the weights that a tensor holds: two in a byte of 4-bit codes, and none in scales beside a weight."""
         if any(key.endswith(end) and key.removesuffix(end) + of in self._places for end, of in _SCALES.items()):
             return 0
-        return math.prod(self.shapes[key]) * (2 if key.endswith("_blocks") else 1)
+        has_codes = key.endswith("_blocks") or key + _ABSMAX in self._places
+        return 2 * self._places[key][1].nbytes if has_codes else math.prod(self.shapes[key])
 
     def norm(self, key: str, row: int | None = None) -> float:
-        """Of what `read` gives."""
+        """Of what `read` gives.
+
+        Raises:
+            ValueError: Those are codes.
+        """
+        if any(f"{key}{end}" in self._places for end in _SCALES):
+            raise self._is_quantized(key)
         return float(self.read(key, row).float().norm())
+
+    def _is_quantized(self, key: str) -> ValueError:
+        return ValueError(f"{key} is quantized in the base: an update cannot be shown beside it.")
 
     def packing_error(self, key: str, row: int | None = None) -> float | None:
         """The norm of what packing changes in what `read` gives; None if the weight is not packed."""

@@ -25,7 +25,7 @@ from lora_converter.hf.quantized_weights import (
 from lora_converter.packed_formats import FORMATS
 
 _NF4_STATE = ".quant_state.bitsandbytes__nf4"
-_NF4_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _NF4_STATE)
+NF4_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _NF4_STATE)
 
 _STATE_BYTES = 4096
 """Of a `quant_state`, which takes 80 to 200."""
@@ -83,11 +83,11 @@ class BitsandbytesNF4(Scheme):
     name = "bitsandbytes NF4"
 
     def names(self) -> list[str]:
-        ends = [(name, end) for name in self._names() for end in _NF4_PARTS if name.endswith(end)]
+        ends = [(name, end) for name in self._names() for end in NF4_PARTS if name.endswith(end)]
         return list(dict.fromkeys(name.removesuffix(end) for name, end in ends))
 
     def parts(self, name: str) -> list[str]:
-        return [name + end for end in _NF4_PARTS]
+        return [name + end for end in NF4_PARTS]
 
     def weight(self, name: str) -> QuantizedWeight:
         codes, state = self._stored(name), self._state(name + _NF4_STATE)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import bitsandbytes.functional as bnb
 import pytest
 import torch
 from memory import Made
@@ -149,3 +150,15 @@ def test_a_released_model_is_counted_by_its_weights(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     size = sum(value.nbytes for value in tensors.values())
     assert f"5 weights, {2 * 8 * 3 * 32 + 4 * 6 + 5:,} parameters, {size:,} bytes" in describe_model(tmp_path)
+
+
+def test_a_folder_of_bitsandbytes_is_counted_by_its_weights_and_its_codes_are_no_weights(tmp_path: Path) -> None:
+    weight, stored = normal(24, 128).bfloat16(), {"other.weight": torch.ones(3, 5)}
+    codes, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+    stored["q.weight"] = codes
+    stored |= {f"q.weight.{name}": value for name, value in state.as_dict(packed=True).items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    assert f" {24 * 128 + 3 * 5:,} parameters," in describe_model(tmp_path)
+    factors = {name: (torch.ones(2, 128), torch.ones(24, 2)) for name in ("q", "other")}
+    with pytest.raises(ValueError, match=r"q\.weight is quantized in the base: an update cannot be shown beside it"):
+        describe_adapter(adapter(factors), base=tmp_path)
