@@ -10,8 +10,20 @@ import torch.nn as nn
 from harness import TINY  # noqa: F401  (chooses the device before torchtitan is imported)
 from torchtitan.models.llama3 import Transformer, llama3_args
 
-from lora_converter import LoRAConfig, adapter_parameters, adapter_state_dict, apply_lora
+from lora_converter import (
+    LoRAConfig,
+    adapter_parameters,
+    adapter_state_dict,
+    apply_lora,
+    disable_adapter,
+    load_adapter_state_dict,
+    merge_adapter,
+    merge_and_unload,
+    unload_adapter,
+)
 from lora_converter.fingerprint import base_fingerprint
+from lora_converter.packed_formats import FORMATS
+from lora_converter.packed_linear import pack_linear
 from lora_converter.sync import (
     AdapterReceiver,
     IncrementReceiver,
@@ -116,6 +128,53 @@ def test_what_is_stale_foreign_damaged_or_does_not_fit_is_refused_whole(kind: ty
         assert receiver.version == 5
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert receiver.receive(good) == 6
+
+
+def test_packed_and_dense_models_exchange_adapters_and_nothing_is_merged_into_packed_weights() -> None:
+    """Linears beside the packed one are not, so that something could be left half done."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 4))
+    packed = copy.deepcopy(dense)
+    pack_linear(packed[2], form="nf4", fqn="2")
+    dense[2].weight.data = FORMATS["nf4"].unpack(packed[2].weight, torch.float32)
+    plain_packed, plain_dense = copy.deepcopy(packed), copy.deepcopy(dense)
+    x = torch.randn(5, 10, generator=torch.Generator().manual_seed(1))
+    before = packed(x)
+    for model in (dense, packed):
+        apply_lora(model, CONFIG)
+    base = base_fingerprint(packed)
+    for version, (sender, server) in enumerate([(packed, dense), (dense, packed)]):
+        train(sender, version)
+        package = pack(sender, version=version, base=base)
+        AdapterReceiver(server).receive(package)
+        torch.testing.assert_close(server(x), sender(x), rtol=1e-5, atol=1e-5)
+        IncrementReceiver(plain_dense, base=base).receive(package)
+        torch.testing.assert_close(plain_dense(x), sender(x), rtol=1e-5, atol=1e-5)
+        plain_dense = unload_adapter(copy.deepcopy(dense))
+
+    expected, state = packed(x), adapter_state_dict(packed)
+    train(packed, 9)
+    assert not torch.equal(packed(x), expected)
+    load_adapter_state_dict(packed, state)
+    assert torch.equal(packed(x), expected)
+    with disable_adapter(packed):
+        assert torch.equal(packed(x), before)
+
+    receiver = IncrementReceiver(plain_packed)
+    refused = {
+        r"2\.weight is \(128, 64\) in the package and quantized \(torch\.uint8\) in the model": (
+            plain_packed,
+            lambda: receiver.receive(package),
+        ),
+        r"2\.weight is packed \(nf4\): an update cannot be merged into it": (packed, lambda: merge_adapter(packed)),
+        r"2\.weight is packed \(nf4\): an update cannot be merged": (packed, lambda: merge_and_unload(packed)),
+    }
+    for message, (model, merge) in refused.items():
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match=message):
+            merge()
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert receiver.version == -1 and torch.equal(packed(x), expected)
 
 
 def test_another_scaling_is_refused() -> None:
