@@ -119,7 +119,7 @@ def test_what_would_change_a_job_that_does_not_fit_is_shown_with_its_numbers(
     lines = plan.partition("What would change it:\n")[2].partition("\n\n")[0].splitlines()
     names = ["packed base (nf4)", "FSDP 2, 2 GPUs", "TP 2, 2 GPUs", "full AC", "sequence 32"]
     assert [line[2:24].rstrip() for line in lines] == names
-    figures = [re.search(r"kept +[\d.]+, peak +([\d.]+), .* = base ([\d.]+) ", line) for line in lines]
+    figures = [re.search(r"kept +[\d.]+, peak +([\d.]+), .* = base ([\d.]+)", line) for line in lines]
     peaks, bases = zip(*(map(float, figure.groups()) for figure in figures if figure), strict=True)
     assert len(peaks) == 5 and peaks[0] < peaks[-1]
     assert bases[0] < bases[-1]
