@@ -51,9 +51,10 @@ class Twins:
             part = {name: self._value(name) for name in names}
             packed = [name for name in names if name in self.formats]
             twins = {name: twin_of(part[name], self.formats[name]) for name in packed if name not in self.stored_packed}
-            yield part | twins
+            yield (entries := part | twins)
+            entries.clear()  # whoever has read it may hold it until the next is there
             for name in packed:
-                self._finish(name, twins.get(name))
+                self._finish(name, twins.pop(name, None))
         self._base.load_state_dict({name: v for name, v in self._base.state_dict().items() if name not in self.formats})
 
     def _value(self, name: str) -> Any:

@@ -107,15 +107,18 @@ class HuggingFaceBase:
 
         def read_parts() -> None:
             for part in self._base.parts():
-                renamed = self._others_renamed(part)
-                read(renamed, self.path, self._reader, PieceReader(self._pieces(part)), no_dist=True)
-                given = self.adapter.from_hf(renamed)
-                self._check_all_are_given(part, given)
-                for name, value in given.items():
-                    if name in part and value is not part[name]:
-                        part[name].copy_(value)
+                self._read(part)
 
         together(read_parts)
+
+    def _read(self, part: dict[str, Any]) -> None:
+        renamed = self._others_renamed(part)
+        read(renamed, self.path, self._reader, PieceReader(self._pieces(part)), no_dist=True)
+        given = self.adapter.from_hf(renamed)
+        self._check_all_are_given(part, given)
+        for name, value in given.items():
+            if name in part and value is not part[name]:
+                part[name].copy_(value)
 
     def _check_all_are_given(self, part: dict[str, Any], given: Container[str]) -> None:
         """Refuses to pack what the adapter leaves out: whatever the memory held. What is not packed is told."""

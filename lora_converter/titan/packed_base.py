@@ -104,7 +104,10 @@ def _describe(done: Packing) -> str:
     )
     left = ", ".join(f"{name} ({columns} columns)" for name, columns in done.left.items())
     return f"LoRA: {packed or 'no weight packed'}, {short(done.saved)} bytes less than in bf16." + (
-        f" Not packed, since their columns are no whole number of blocks: {left}." if left else ""
+        f" Not packed, since their columns, or those of their experts' other weights, are no whole number of blocks: "
+        f"{left}."
+        if left
+        else ""
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from harness import TINY, install
+from memory import Made
 from torch.utils._pytree import tree_leaves
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -16,13 +17,18 @@ from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list
 from torchtitan.protocols.train_spec import get_train_spec
 
-from lora_converter import LoRAConfig, apply_lora
+from lora_converter import LoRAConfig, apply_lora, fingerprint
+from lora_converter import packed as packed_room
 from lora_converter.adapters import count_parameters
+from lora_converter.dcp import twins
+from lora_converter.dcp.states import ModelSubset
+from lora_converter.dcp.twins import Twins
 from lora_converter.experts import expert_shapes, experts_of, pack_experts
 from lora_converter.linear import linear_shapes, linears_of
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_linear import pack_linear
 from lora_converter.packed_module import packed_weights
+from lora_converter.packing import pack_model, packable
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.models import built_on_meta
@@ -99,3 +105,19 @@ def test_products_that_are_named_are_recomputed_as_the_dense_ones_are() -> None:
         assert found["packed", bool(fqns)] == found["dense", bool(fqns)]
     assert found["dense", True] != found["dense", False]
     assert all(p.dtype is torch.uint8 for n, p in model.named_parameters() if n.endswith("wk.weight"))
+
+
+def test_the_twins_of_one_part_are_gone_before_the_next_are_made() -> None:
+    """Also while whoever reads still holds the part."""
+    model = nn.Sequential(*(nn.Linear(256, 128, bias=False) for _ in range(4)))
+    packed = pack_model(model, dict.fromkeys(packable(model), "nf4")).packed
+    read = Twins(ModelSubset([model], lambda name: True), packed)
+    largest = 2 * 128 * 256
+    with (
+        mock.patch.object(twins, "_AT_A_TIME", largest),
+        mock.patch.object(packed_room, "_CHUNK", 2**10),
+        mock.patch.dict(fingerprint._ELEMENTS_AT_A_TIME, cpu=2**10),
+        Made(*model.parameters()) as made,
+    ):
+        held = [part for part in read.parts() if all(value.zero_() is value for value in part.values())]
+    assert len(held) == 4 and largest < made.peak < 1.5 * largest
