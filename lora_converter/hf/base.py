@@ -3,7 +3,7 @@
 Names and orders are the model's own StateDictAdapter's. What it only renames, DCP reads by itself. What it reorders,
 splits or takes apart is read in pieces (`pieces.py`): the adapter would do that to shards, and where a shard holds part
 of a head, DTensor either refuses the view (FSDP2 over more ranks than there are key-value heads) or, on FSDP2 x TP,
-returns other rows without a word (torch 2.13). So is what it combines from several weights of a module. What it changes
+returns other rows without a word (torch 2.13). So is what it combines from several weights. What it changes
 in another way is read whole, one weight at a time.
 """
 
@@ -48,15 +48,13 @@ class HuggingFaceBase:
         self._parts: dict[str, list[HFPart]] = {}
         self._whole: dict[str, str] = {}
         base.stored_packed |= set(self._find_packed())
-        inseparable: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        inseparable: dict[str, tuple[int, ...]] = {}
         for name, value in self._wanted.items():
             if name in base.stored_packed:
                 continue
             if isinstance(value, torch.Tensor) and value.ndim and not self._sort(name, value):
-                inseparable[name.rpartition(".")[0]][name] = tuple(value.shape)
-        for shapes in inseparable.values():
-            with suppress(ValueError):  # it is left to the adapter
-                self._parts |= hf_parts_together(adapter, shapes)
+                inseparable[name] = tuple(value.shape)
+        self._find_together(inseparable)
         self._renamed = self._others_renamed(self._wanted)
 
     def _find_packed(self) -> Iterator[str]:
@@ -67,6 +65,18 @@ class HuggingFaceBase:
             if parts and stored[parts[0].name] == form:
                 self._parts[name] = parts
                 yield name
+
+    def _find_together(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """What the adapter expresses together alone: the weights of a module, or else those of one around it."""
+        around = {name: name.rpartition(".")[0] for name in shapes}
+        while around:
+            groups: dict[tuple[str, int], dict[str, tuple[int, ...]]] = defaultdict(dict)
+            for name, module in around.items():
+                groups[module, len(shapes[name])][name] = shapes[name]
+            for group in groups.values():
+                with suppress(ValueError):  # what is left in the end is left to the adapter
+                    self._parts |= hf_parts_together(self.adapter, group)
+            around = {n: module.rpartition(".")[0] for n, module in around.items() if module and n not in self._parts}
 
     def _others_renamed(self, entries: dict[str, Any]) -> dict[str, Any]:
         """What the adapter makes of those that are not read in pieces."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,6 +11,8 @@ import torch
 import torch.nn as nn
 from harness import TINY, install
 from memory import Made
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.utils._pytree import tree_leaves
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
@@ -24,6 +27,7 @@ from lora_converter.dcp import twins
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
 from lora_converter.experts import expert_shapes, experts_of, pack_experts
+from lora_converter.hf.base import HuggingFaceBase
 from lora_converter.linear import linear_shapes, linears_of
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_linear import pack_linear
@@ -121,3 +125,34 @@ def test_the_twins_of_one_part_are_gone_before_the_next_are_made() -> None:
     ):
         held = [part for part in read.parts() if all(value.zero_() is value for value in part.values())]
     assert len(held) == 4 and largest < made.peak < 1.5 * largest
+
+
+class Fused:
+    """A host's adapter whose Hugging Face model has q, k and v in one weight."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        layers = sorted({name.partition(".")[0] for name in state_dict})
+        return {f"{i}.qkv": torch.cat([state_dict[f"{i}.attention.w{x}.weight"] for x in "qkv"]) for i in layers}
+
+    def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
+        return {f"none of its weights by {name}": value for name, value in hf_state_dict.items()}
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> HuggingFaceStorageReader:
+        return HuggingFaceStorageReader(path)
+
+
+def test_what_a_folder_stores_together_is_packed_a_few_modules_at_a_time(tmp_path: Path) -> None:
+    sizes = {"wq": 128, "wk": 64, "wv": 32}
+    attentions = [nn.ModuleDict({name: nn.Linear(64, n, bias=False) for name, n in sizes.items()}) for _ in range(2)]
+    model = nn.ModuleDict({str(i): nn.ModuleDict({"attention": own}) for i, own in enumerate(attentions)})
+    save_file(Fused().to_hf(model.state_dict()), tmp_path / "model.safetensors")
+    expected = {name: FORMATS["nf4"].pack(weight) for name, weight in model.state_dict().items()}
+    packed = pack_model(model, dict.fromkeys(packable(model), "nf4")).packed
+    for param in model.parameters():
+        param.zero_()
+    read = Twins(ModelSubset([model], lambda name: True), packed)
+    base = HuggingFaceBase(Fused(), str(tmp_path), read, quantized=False)
+    with mock.patch.object(twins, "_AT_A_TIME", 2 * 128 * 64):
+        base.check()
+        base.load()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in expected.items())
