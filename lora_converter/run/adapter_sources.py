@@ -20,7 +20,13 @@ from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.ranks import agreed, merged_over_ranks, together, union_over_ranks
-from lora_converter.run.base_identity import check_same_base, check_same_converters, check_same_format
+from lora_converter.run.base_identity import (
+    PackedWeights,
+    check_same_base,
+    check_same_converters,
+    check_same_format,
+    packed_by_format,
+)
 from lora_converter.run.description import (
     DESCRIPTION,
     Description,
@@ -80,9 +86,9 @@ class PeftSource:
         stored = host_experts(adapter, experts)
         peft = load_peft_everywhere(self._path, adapter, linears, stored)
         if peft.base_fingerprint:  # made by a run like this, which says what its base was packed as
-            forms = sorted({form for form, _ in merged_over_ranks(model.own_packed()).values()})
-            was, config = peft.packed.form if peft.packed else "", model.host.job.config
-            check_same_format(self._path, was, ", ".join(forms), accept=config.accept_other_base)
+            forms: PackedWeights = dict.fromkeys((f for f, _ in merged_over_ranks(model.own_packed()).values()), ())
+            was: PackedWeights = {peft.packed.form: ()} if peft.packed else {}
+            check_same_format(self._path, was, forms, accept=model.host.job.config.accept_other_base)
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
         there = replace(description, lora={**description.lora, **own})
@@ -147,7 +153,8 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     here, experts = model.adapted_fqns(), model.expert_shapes()
     if described is not None:
         job, path, accept = model.host.job, f"{step.path}", model.host.job.config.accept_other_base
-        check_same_format(path, described.base_format, job.config.base_format, accept=accept)
+        packed = packed_by_format(merged_over_ranks(model.own_packed()))
+        check_same_format(path, described.packed, packed, accept=accept)
         check_same_converters(path, described.converters, job.converters, accept=accept)
     return check_same_run(
         f"{step.path}", described, model.description, there=there, here=here, experts=experts, foreign=foreign

@@ -1,17 +1,31 @@
 """Which base adapters were trained on: its fingerprint, what its weights were packed as, what else changed it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from lora_converter.hf.packed_base import PackedBase
 
 logger = logging.getLogger(__name__)
 
 
-def check_same_format(path: str, there: str, here: str, *, accept: bool) -> None:
-    """Refuses adapters that were trained on a base of another format, which has other values.
+PackedWeights = Mapping[str, Sequence[str]]
+"""Format -> names of the weights that are packed so, with numbers in braces (see `PackedBase`)."""
+
+
+def packed_by_format(packed: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, list[str]]:
+    """Packed weights -> their format, and their shape before: as a step has it."""
+    names: dict[str, list[str]] = {}
+    for name, (form, _) in packed.items():
+        names.setdefault(form, []).append(name)
+    return {form: list(PackedBase.of(form, own).weights) for form, own in sorted(names.items())}
+
+
+def check_same_format(path: str, there: PackedWeights, here: PackedWeights, *, accept: bool) -> None:
+    """Refuses adapters that were trained on a base that was packed otherwise, and so had other values.
 
     Args:
-        there: What the base of the adapters in `path` was packed as; empty if it was not.
-        here: The same of the job's.
+        there: What was packed of the base of the adapters in `path`.
+        here: What is of the job's.
         accept: Only warn.
 
     Raises:
@@ -19,10 +33,13 @@ def check_same_format(path: str, there: str, here: str, *, accept: bool) -> None
     """
     if there == here:
         return
-    was, is_now = (f"packed as {form!r}" if form else "not packed" for form in (there, here))
-    both = f"{path} was trained on a base that was {was}; the base here is {is_now}."
+    was, is_now = (f"packed as {' and '.join(forms)}" if forms else "not packed" for forms in (there, here))
+    others = " in other weights" * (there.keys() == here.keys())
+    both = f"{path} was trained on a base that was {was}; the base here is {is_now}{others}."
     if not accept:
-        raise ValueError(f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true.")
+        raise ValueError(
+            f"{both} Set lora.base_format and the base as they were there, or set lora.accept_other_base = true."
+        )
     logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
 
 

@@ -17,7 +17,7 @@ from lora_converter.adapted import AdaptedModule, modules_of
 from lora_converter.adapters import configs_of
 from lora_converter.config import LoRAConfig
 from lora_converter.files import read_json, write_whole
-from lora_converter.hf.packed_base import PackedBase
+from lora_converter.run.base_identity import packed_by_format
 from lora_converter.run.job import Job
 from lora_converter.targets import reaches
 
@@ -45,8 +45,7 @@ class Description:
     Attributes:
         base: Where the base weights came from; empty if the step holds them itself.
         base_fingerprint: Of the weights that were loaded from there; empty if there were none, or if it was not taken.
-        base_format: What they were packed as then, `lora.base_format`.
-        packed: Which of them, format -> names, with numbers in braces (see `PackedBase`).
+        packed: What of them was packed (see `PackedWeights`).
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
         data: What the batches were made of, option -> value; empty in steps of older versions.
@@ -60,7 +59,6 @@ class Description:
     base_fingerprint: str = ""
     custom_import: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-    base_format: str = ""
     packed: dict[str, list[str]] = field(default_factory=dict)
     converters: list[str] | None = None
 
@@ -73,9 +71,6 @@ class Description:
         Args:
             packed: Packed weights -> their format, and their shape before.
         """
-        names: dict[str, list[str]] = {}
-        for name, (form, _) in packed.items():
-            names.setdefault(form, []).append(name)
         lora = {field.name: getattr(job.config, field.name) for field in fields(LoRAConfig)}
         base = job.base.path if job.base else ""
         return Description(
@@ -86,8 +81,7 @@ class Description:
             base_fingerprint,
             custom_import=job.custom_import,
             data=job.data,
-            base_format=job.config.base_format,
-            packed={form: list(PackedBase.of(form, own).weights) for form, own in names.items()},
+            packed=packed_by_format(packed),
             converters=list(job.converters),
         )
 

@@ -153,10 +153,12 @@ def test_adapters_go_on_with_their_own_format(
     if way != "resume":
         folder, start = tmp_path / "next", [*start, f"--lora.initial_adapter_path={step}"]
     start += ["--training.steps=2"]
-    words = {(NF4,): "packed as 'nf4'", (): "not packed"}
+    words = {(NF4,): "packed as nf4", (): "not packed"}
     both = f"{step} was trained on a base that was {words[trained]}; the base here is {words[other]}."
     _, message = failing(folder, *on(base, *start, *other))
-    assert message == f"{both} Set lora.base_format as it was there, or set lora.accept_other_base = true."
+    assert (
+        message == f"{both} Set lora.base_format and the base as they were there, or set lora.accept_other_base = true."
+    )
     for options in ((*other, "--lora.accept_other_base"), trained):
         run = build(folder, *on(base, *start, *options))
         run.trainer.checkpointer.load()
