@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lora_converter.config import LoRAConfig
 from lora_converter.swap import check_forward_is_called, class_below, follow_hook, reduced, subclass_with, swap_class
 from lora_converter.tensors import local_part
+from lora_converter.trained import trained_parameters
 from lora_converter.updates import add_updates, on_all_ranks
 
 M = TypeVar("M", bound=nn.Module)
@@ -182,15 +183,13 @@ def adapted_modules(model: nn.Module) -> Iterator[AdaptedModule]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter for everything that trains, e.g. `layers.0.attention.wq.lora_a.weight`.
+    """Name -> parameter for everything that trains, e.g. `layers.0.attention.wq.lora_a.weight`; with `train_also`
+    modules' own parameters too, e.g. `norm.weight`.
 
     Names are those of the whole model, also for a pipeline stage or a wrapped or compiled block of it.
     """
-    return {
-        f"{module.lora_fqn}.{name}": param
-        for module in adapted_modules(model)
-        for name, param in module.adapter_parameters().items()
-    }
+    adapters = ((m.lora_fqn, *entry) for m in adapted_modules(model) for entry in m.adapter_parameters().items())
+    return {f"{fqn}.{name}": param for fqn, name, param in adapters} | trained_parameters(model)
 
 
 def adapters_at_rest(model: nn.Module) -> list[AdaptedModule]:

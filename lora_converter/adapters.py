@@ -18,6 +18,7 @@ from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
+from lora_converter.trained import mark_trained, modules_with_parameters, select_trained, trained_modules
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ class ParameterCount:
 
     kinds: dict[str, int] = field(default_factory=dict)
     """The same by kind: `{"linears": 224}`."""
+
+    in_full: int = 0
+    """Number of modules whose own parameters train."""
 
 
 def apply_lora(
@@ -64,7 +68,8 @@ def apply_lora(
 
     Raises:
         ValueError: A pattern matches nothing, nothing is selected, a linear is named that is never called, experts are
-            to have dropout, or the model has adapters already. The model is then as it was.
+            to have dropout, `train_also` names what cannot train, or the model has adapters already. The model is then
+            as it was.
     """
     if any(True for _ in adapted_modules(model)):
         raise ValueError(
@@ -86,6 +91,7 @@ def apply_lora(
     for fqn in weights:
         check_forward_is_called(fqn, experts[fqn][0])
     configs = configs_of(config, targets, experts=list(weights))
+    trained = _trained(model, config, adapted=[*targets, *weights], experts=list(experts))
     for fqn in targets:
         name = canonical_name(fqn)
         add_adapter(linears[fqn], configs[fqn], fqn=fqn, canonical_name=name, dtype=dtype, factor_class=factor_class)
@@ -93,6 +99,7 @@ def apply_lora(
         module, kind = experts[fqn]
         name = canonical_name(fqn)
         add_expert_adapters(module, kind, configs[fqn], weights=own, fqn=fqn, canonical_name=name, dtype=dtype)
+    mark_trained(model, trained)
     freeze_base(model)
     adapted = list(adapted_modules(model))
     for each in adapted:
@@ -100,6 +107,31 @@ def apply_lora(
             each.reset_adapter(seed)
     tell_what_merging_means(adapted)
     return adapted
+
+
+def _trained(model: nn.Module, config: LoRAConfig, *, adapted: list[str], experts: list[str]) -> list[str]:
+    """The modules of `train_also`.
+
+    Raises:
+        ValueError: One has an adapter or shares a weight with one that has, holds routed experts, or is packed.
+    """
+    modules = modules_with_parameters(model)
+    selected = select_trained(modules, config.train_also)
+    adapter_of = {id(p): fqn for fqn in adapted for p in modules[fqn].parameters(recurse=False)}
+    for fqn in selected:
+        params = list(modules[fqn].parameters(recurse=False))
+        wrong = {
+            "holds routed experts, which train by adapters alone. Name them in lora.target_modules": fqn in experts,
+            "is quantized or packed, and cannot train. Leave it out, or lora.base_format": any(
+                not p.is_floating_point() for p in params
+            ),
+        }
+        for owner in dict.fromkeys(adapter_of[id(p)] for p in params if id(p) in adapter_of):
+            shares = "has an adapter" if owner == fqn else f"shares its weight with {owner}, which has an adapter"
+            wrong[f"{shares}. Add {owner} to lora.exclude_modules, or leave out {fqn}"] = True
+        for reason in (reason for reason, applies in wrong.items() if applies):
+            raise ValueError(f"lora.train_also: {fqn} {reason}.")
+    return selected
 
 
 def _called(model: nn.Module, targets: list[str], config: LoRAConfig) -> list[str]:
@@ -153,7 +185,7 @@ def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Sets `requires_grad` so that exactly the adapters train: norms, embeddings and bare parameters are frozen too."""
+    """Sets `requires_grad` so that exactly the adapters train, and what `train_also` names: all else is frozen."""
     model.requires_grad_(False)
     for param in adapter_parameters(model).values():
         param.requires_grad_(True)
@@ -174,4 +206,5 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         total=count_elements(model, params),
         adapted=kinds.total(),
         kinds=dict(kinds),
+        in_full=len(trained_modules(model)),
     )

@@ -54,6 +54,15 @@ class LoRAConfig:
     expert_rank: int = 0
     """Rank of adapters on routed experts, of which there are many; that of `rank` if 0."""
 
+    train_also: list[str] = field(default_factory=list)
+    """
+    Modules whose own weights train in full size beside the adapters: 'tok_embeddings', 'output', 'norm',
+    'layers.*.attention_norm'. Same patterns, over all modules with weights of their own; each must match something.
+    """
+
+    train_also_lr: float = 0.0
+    """Learning rate of the weights of train_also, which have no weight decay; that of the optimizer if 0."""
+
     def __post_init__(self) -> None:
         _check_rank("lora.rank", self.rank)
         _check_alpha("lora.alpha", self.alpha)
@@ -63,7 +72,9 @@ class LoRAConfig:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
         if not isinstance(self.use_rslora, bool):
             raise ValueError(f"lora.use_rslora = {self.use_rslora!r}: must be true or false.")
-        for name in ("target_modules", "exclude_modules"):
+        if not is_number(self.train_also_lr) or not (math.isfinite(self.train_also_lr) and self.train_also_lr >= 0):
+            raise ValueError(f"lora.train_also_lr = {self.train_also_lr!r}: must be a finite number of at least 0.")
+        for name in ("target_modules", "exclude_modules", "train_also"):
             patterns = getattr(self, name)
             if not isinstance(patterns, list) or not all(isinstance(p, str) and p for p in patterns):
                 raise ValueError(f"lora.{name} = {patterns!r}: must be a list of non-empty strings.")

@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
+from lora_converter.trained import trained_parameters
+
 logger = logging.getLogger(__name__)
 
-_GROUPS = "param_groups."
+_GROUPS, _TRAINED = "param_groups.", "train_also."
 
 
 class ModelSubset(Stateful):
@@ -48,7 +50,8 @@ class OptimizerState(Stateful):
     All optimizers of a run are built from one set of hyperparameters and their schedules step together.
 
         state.<fqn>.exp_avg     as `torch.distributed.checkpoint.state_dict` flattens it
-        param_groups.<option>   for its param_groups.<fqn>.<option> of all parameters
+        param_groups.<option>   for its param_groups.<fqn>.<option> of all parameters; of those that `train_also` names,
+                            a group of its own, param_groups.train_also.<option>
 
     A parameter that never got a gradient has no state. A step is saved without it, which is told once.
 
@@ -68,15 +71,16 @@ class OptimizerState(Stateful):
         self._tell_what_has_no_state()
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
+            own = trained_parameters(part)
             for name, value in get_optimizer_state_dict(part, optimizer, options=self._options).items():
-                stored = compact.setdefault(_once(name), value)
+                stored = compact.setdefault(_once(name, own), value)
                 assert stored is value or stored == value, name
         return compact
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, optimizer in self._stages:
-            names = get_optimizer_state_dict(part, optimizer, options=self._options)
-            values = {name: state_dict[_once(name)] for name in names}
+            names, own = get_optimizer_state_dict(part, optimizer, options=self._options), trained_parameters(part)
+            values = {name: state_dict[_once(name, own)] for name in names}
             set_optimizer_state_dict(part, optimizer, values, options=self._options)
 
     def of_step(self, stored: Container[str]) -> Stateful:
@@ -126,5 +130,8 @@ def _parameter(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _once(name: str) -> str:
-    return f"{_GROUPS}{name.rpartition('.')[2]}" if name.startswith(_GROUPS) else name
+def _once(name: str, trained: Container[str]) -> str:
+    if not name.startswith(_GROUPS):
+        return name
+    fqn, _, option = name.removeprefix(_GROUPS).rpartition(".")
+    return f"{_GROUPS}{_TRAINED if fqn in trained else ''}{option}"

@@ -157,7 +157,14 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
         check_same_format(path, described.packed, packed, accept=accept)
         check_same_converters(path, described.converters, job.converters, accept=accept)
     return check_same_run(
-        f"{step.path}", described, model.description, there=there, here=here, experts=experts, foreign=foreign
+        f"{step.path}",
+        described,
+        model.description,
+        there=there,
+        here=here,
+        experts=experts,
+        foreign=foreign,
+        base=model.base_names(),
     )
 
 

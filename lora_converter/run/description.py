@@ -20,6 +20,7 @@ from lora_converter.files import read_json, write_whole
 from lora_converter.run.base_identity import packed_by_format
 from lora_converter.run.job import Job
 from lora_converter.targets import reaches
+from lora_converter.trained import select_trained
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,12 @@ class Description:
         write_whole(Path(folder) / DESCRIPTION, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
 
     def differences(
-        self, job: "Description", there: Iterable[str], here: Iterable[str], experts: Collection[str]
+        self,
+        job: "Description",
+        there: Iterable[str],
+        here: Iterable[str],
+        experts: Collection[str],
+        base: Iterable[str] = (),
     ) -> list[str]:
         """What keeps a step from being continued by a job, one phrase each.
 
@@ -128,6 +134,7 @@ class Description:
             there: The adapted modules of the step.
             here: Those of the job.
             experts: Which of them are routed experts.
+            base: Entries of the base, of which `train_also` names some.
         """
         pairs: list[tuple[str, Any, Any]] = [
             ("model.name", self.model, job.model),
@@ -140,7 +147,16 @@ class Description:
             found = self._setting_differences(job, sorted(there & here), experts)
         for where, more in (("there", there - here), ("here", here - there)):
             found += [f"{len(more)} modules are adapted only {where}: {', '.join(sorted(more))}"] if more else []
-        return found
+        return found + self._trained_differences(job, base)
+
+    def _trained_differences(self, job: "Description", base: Iterable[str]) -> list[str]:
+        modules = [name.rpartition(".")[0] for name in base]
+        there, here = (set(select_trained(modules, d.lora.get("train_also", []), strict=False)) for d in (self, job))
+        return [
+            f"{len(more)} modules train in full only {where}, by lora.train_also: {', '.join(sorted(more))}"
+            for where, more in (("there", there - here), ("here", here - there))
+            if more
+        ]
 
     def data_differences(self, data: dict[str, Any]) -> list[str]:
         """What the batches of this step and of a job are made of differently, one phrase each."""
@@ -202,6 +218,7 @@ def check_same_run(
     here: Iterable[str],
     experts: Collection[str] = (),
     foreign: Iterable[str] = (),
+    base: Iterable[str] = (),
 ) -> str:
     """Refuses adapters that were trained with other settings than the job's.
 
@@ -211,6 +228,7 @@ def check_same_run(
         here: Those that the job adapts.
         experts: Which of those are routed experts.
         foreign: What else is there that this job has not.
+        base: Entries of the job's base.
 
     Returns:
         The fingerprint of the step's base; empty if it does not say.
@@ -221,7 +239,7 @@ def check_same_run(
     if step is None:
         logger.warning(f"LoRA: {path} has no {DESCRIPTION}, so its settings and its base are not checked.")
         return ""
-    found = step.differences(job, there, here, experts)
+    found = step.differences(job, there, here, experts, base)
     if not found and (foreign := list(foreign)):
         found = [f"{len(foreign)} entries are there alone: {', '.join(foreign)}"]
     if found:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from lora_converter.adapted import adapted_modules
 from lora_converter.ranks import union_over_ranks
 from lora_converter.tensors import local_part
+from lora_converter.trained import trained_modules
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +59,21 @@ class FaultWatch:
             return True
         adapted = {module.lora_fqn: module for part in self._model_parts for module in adapted_modules(part)}
         params = {(fqn, name): p for fqn, m in adapted.items() for name, p in m.adapter_parameters().items()}
+        trained = {fqn: module for part in self._model_parts for fqn, module in trained_modules(part).items()}
+        params |= {(fqn, name): p for fqn, m in trained.items() for name, p in m.named_parameters(recurse=False)}
         gradients = {key: param.grad for key, param in params.items() if param.grad is not None}
         largest = _largest({key: param.detach() for key, param in params.items()})
-        self._report(step, NO_GRADIENT, _zero_on_all_ranks(_by_module(adapted, _largest(gradients))))
+        self._report(step, NO_GRADIENT, _zero_on_all_ranks(_by_module([*adapted, *trained], _largest(gradients))))
         if self._steps > 1:
-            begins_at_zero = {key: size for key, size in largest.items() if key[1] in adapted[key[0]].zero_at_start}
+            begins_at_zero = {
+                (fqn, name): size
+                for (fqn, name), size in largest.items()
+                if fqn in adapted and name in adapted[fqn].zero_at_start
+            }
             can_be_zero = [fqn for fqn, module in adapted.items() if module.zero_at_start]
             self._report(step, ALL_ZERO, _zero_on_all_ranks(_by_module(can_be_zero, begins_at_zero)))
         broken = {fqn for (fqn, _), size in largest.items() if not math.isfinite(size)}
-        broken_anywhere = union_over_ranks([fqn for fqn in adapted if fqn in broken])
+        broken_anywhere = union_over_ranks([fqn for fqn in (*adapted, *trained) if fqn in broken])
         self._report(step, NOT_FINITE, broken_anywhere)
         return not broken_anywhere
 

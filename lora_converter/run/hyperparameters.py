@@ -18,6 +18,8 @@ _SAID = {
 }
 """Options whose change is worth a line, and their names in a job. Others choose an implementation."""
 
+_RATE_OF_TRAINED = "learning rate of lora.train_also"
+
 
 class Hyperparameters:
     """What a job says of its optimizers, to be put back after a step is loaded.
@@ -39,10 +41,11 @@ class Hyperparameters:
         """
         changes: dict[str, None] = {}
         for optimizer, configured in zip(self._optimizers, self._configured, strict=True):
-            for group, options in zip(optimizer.param_groups, configured, strict=True):
+            for number, (group, options) in enumerate(zip(optimizer.param_groups, configured, strict=True)):
+                said = _SAID if number == 0 else {**_SAID, "initial_lr": _RATE_OF_TRAINED}
                 for name, value in options.items():
-                    if name in _SAID and group.get(name, value) != value:
-                        changes[f"{_SAID[name]} {_shown(group[name])} -> {_shown(value)}"] = None
+                    if name in said and group.get(name, value) != value:
+                        changes[f"{said[name]} {_shown(group[name])} -> {_shown(value)}"] = None
                     group[name] = value
         for scheduler in self._schedulers:
             _continue(scheduler)

@@ -22,6 +22,7 @@ from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor, is_finite
+from lora_converter.trained import trained_parameters
 
 
 class RunModel:
@@ -37,6 +38,7 @@ class RunModel:
         self.base_fingerprint = ""
         self.packed: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._names = {name for part in self.parts for name in adapter_parameters(part)}
+        self._of_base = {name for part in self.parts for name in trained_parameters(part)}
 
     @functools.cached_property
     def adapters(self) -> ModelSubset:
@@ -45,8 +47,12 @@ class RunModel:
 
     @functools.cached_property
     def base(self) -> ModelSubset:
-        """Everything else."""
-        return ModelSubset(self.parts, lambda name: name not in self._names)
+        """What the base's source has: all but the adapters. What `train_also` names starts from there."""
+        return ModelSubset(self.parts, lambda name: name not in self._names or name in self._of_base)
+
+    def frozen_names(self) -> list[str]:
+        """This rank's entries that no step stores whose base has a source."""
+        return [name for name in self.base.state_dict() if name not in self._of_base]
 
     @functools.cached_property
     def stored(self) -> ModelSubset:

@@ -131,8 +131,9 @@ class StepSource:
 
     def _check_base(self, names: Mapping[str, Any]) -> None:
         source, path = self._model.host.job.base, self._step.path
-        stores_base = any(name in names for name in self._model.base.state_dict())
-        if source and stores_base:
+        frozen = self._model.frozen_names()
+        stores_base = any(name in names for name in frozen)
+        if source and stores_base and all(name in names for name in frozen):
             raise ValueError(
                 f"{path} stores a base of its own (its run had no checkpoint.initial_load_path), but "
                 f"{source.path} is given as base. Resume without a base source, or use another job.dump_folder."

@@ -47,6 +47,7 @@ from lora_converter.titan.models import for_names
 from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import store_frozen_in_compute_dtype
+from lora_converter.trained import tied_to_trained
 
 
 class LoRAConverter:
@@ -99,6 +100,8 @@ class LoRAConverter:
         converted.lora_job, converted.lora_flops_not_spent = job, not_spent
         converted.lora_adapted = [module.lora_fqn for module in adapted]
         logger.info(describe(count_parameters(model), job.config))
+        for name, others in tied_to_trained(model).items():
+            logger.info(f"LoRA: {name} is {', '.join(others)} as well: one weight, trained once.")
 
     def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
         """That what is to be written at the end can be, before the training."""
@@ -131,8 +134,9 @@ def describe(count: ParameterCount, config: LoRAConfig) -> str:
     adapted = " and ".join(f"{number} {kind}" for kind, number in count.kinds.items())
     ranks = {LoRAExperts.adapter_kind: config.expert_rank or config.rank}
     told = " and ".join(dict.fromkeys(str(ranks.get(kind, config.rank)) for kind in count.kinds))
+    in_full = f", {count.in_full} modules trained in full" if count.in_full else ""
     return (
-        f"LoRA: {adapted} adapted (rank {told}, alpha {config.alpha:g}), "
+        f"LoRA: {adapted} adapted (rank {told}, alpha {config.alpha:g}){in_full}, "
         f"{short(count.trainable)} of {short(count.total)} parameters train "
         f"({percent(count.trainable / count.total, 2)})"
     )

@@ -43,6 +43,8 @@ class LoRA(RunConfig):
     def __post_init__(self) -> None:
         if self.exclude_modules == [""]:  # what `--lora.exclude_modules ""` gives: torchtitan splits at commas
             self.exclude_modules = []
+        if self.train_also == [""]:
+            self.train_also = []
         super().__post_init__()
 
 

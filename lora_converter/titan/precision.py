@@ -22,6 +22,7 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
 from lora_converter.swap import swap_class
+from lora_converter.trained import trained_modules
 
 
 def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_dims: ParallelDims) -> None:
@@ -34,7 +35,8 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_di
     if parallel_dims.tp_enabled or parallel_dims.pp_enabled:
         params = params if parallel_dims.fsdp_enabled else set()
     elif not parallel_dims.fsdp_enabled:
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if job_config.lora.base_format else []
+        packed, trained = bool(job_config.lora.base_format), trained_modules(model).values()
+        embeddings = [m for m in model.modules() if packed and isinstance(m, nn.Embedding) and m not in trained]
         others = [m for m in model.modules() if not isinstance(m, nn.Linear) and m not in embeddings]
         params -= {p for m in others for p in m.parameters(recurse=False)}
         for embedding in embeddings:

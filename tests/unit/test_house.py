@@ -34,6 +34,7 @@ FLOORS = [
         "swap",
         "targets",
         "tensors",
+        "trained",
         "updates",
     },
     {"adapted", "chat", "packed_module", "shared"},
