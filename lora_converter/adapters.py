@@ -122,13 +122,13 @@ def _trained(model: nn.Module, config: LoRAConfig, *, adapted: list[str], expert
         params = list(modules[fqn].parameters(recurse=False))
         wrong = {
             "holds routed experts, which train by adapters alone. Name them in lora.target_modules": fqn in experts,
-            "is quantized or packed, and cannot train. Leave it out, or lora.base_format": any(
+            "is quantized or packed, and cannot train. Leave it out of lora.train_also": any(
                 not p.is_floating_point() for p in params
             ),
         }
         for owner in dict.fromkeys(adapter_of[id(p)] for p in params if id(p) in adapter_of):
             shares = "has an adapter" if owner == fqn else f"shares its weight with {owner}, which has an adapter"
-            wrong[f"{shares}. Add {owner} to lora.exclude_modules, or leave out {fqn}"] = True
+            wrong[f"{shares}. Add {owner} to lora.exclude_modules, or leave {fqn} out of lora.train_also"] = True
         for reason in (reason for reason, applies in wrong.items() if applies):
             raise ValueError(f"lora.train_also: {fqn} {reason}.")
     return selected

@@ -142,7 +142,7 @@ def _settled(adapter: PeftAdapter, name: str, base: str | Path | None) -> PeftAd
         plan = plan_merge(open_model(base), adapter, name)
         if plan.replaced:
             raise ValueError(base_weights_in_training(name, plan.replaced))
-        return replace(plan.peft, base_weights={})
+        return replace(plan.peft, base_weights={}, modules_to_save=[])
     if adapter.base_weights:
         raise ValueError(
             f"{name} brings {', '.join(adapter.base_weights)}, and only the base tells whether they are changed. Name "

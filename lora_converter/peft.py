@@ -15,16 +15,17 @@ import torch.nn as nn
 from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacked_experts
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import linears_like_experts
-from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_peft, update_peft
+from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
 from lora_converter.linear import LoRALinear
 from lora_converter.names import plain_modules, plain_parameters
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
+from lora_converter.trained import tied_to_trained, trained_parameters
 
 __all__ = [
     "CONFIG_FILE",
@@ -60,6 +61,8 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     alphas = Counter(config.alpha for config in configs.values())
     (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
     config = next(iter(configs.values()))
+    saved = {name: state[name] for name in trained_parameters(model)}
+    saved |= {other: saved[name] for name, others in tied_to_trained(model).items() for other in others}
     as_parameters = linears_like_experts(names) if has_stacked_experts(model) else []
     return PeftAdapter(
         factors={fqn: (state[a], state[b]) for fqn, (a, b) in sorted(names.items())},
@@ -73,6 +76,8 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
         packed=_packed_base(model),
         alphas={fqn: own.alpha for fqn, own in configs.items() if own.alpha != alpha},
         target_parameters=[f"{module}.weight" for module in as_parameters],
+        base_weights=saved,
+        modules_to_save=modules_of_keys(saved),
     )
 
 
@@ -84,7 +89,9 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     """
     adapter = adapter.renamed(Aliases(adapter_configs(model)))
     params = dict(plain_parameters(model))
-    copies = adapter.base_weights.items()
+    trained = trained_parameters(model)
+    owned = {*trained, *(other for others in tied_to_trained(model).values() for other in others)}
+    copies = [(name, copy) for name, copy in adapter.base_weights.items() if name not in owned]
     other = [n for n, copy in copies if n not in params or not is_same_weight(copy, full_tensor(params[n]))]
     if other:
         raise ValueError(base_weights_in_training("The adapter", other))
@@ -98,7 +105,7 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     a, b = LoRALinear.adapter_parameter_names
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
     state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
-    load_adapter_state_dict(model, state)
+    load_adapter_state_dict(model, state | {n: w for n, w in adapter.base_weights.items() if n in trained})
 
 
 def _packed_base(model: nn.Module) -> PackedBase | None:

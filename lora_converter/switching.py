@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapters_at_rest
 from lora_converter.shared import check_not_shared, untie
+from lora_converter.trained import unmark_trained
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -72,11 +73,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if module.lora_unmerged is None:
             module.merge()
         module.unload()
+    unmark_trained(model)
     return model
 
 
 def unload_adapter(model: nn.Module) -> nn.Module:
     """Takes the adapters off: the modules are plain again, with their base weights. Those stay frozen.
+
+    What `train_also` names keeps what it has learned, and is frozen too.
 
     Returns:
         `model`, which is changed in place, and can be given other adapters.
@@ -88,6 +92,7 @@ def unload_adapter(model: nn.Module) -> nn.Module:
         if module.lora_unmerged is not None:
             module.unmerge()
         module.unload()
+    unmark_trained(model)
     return model
 
 
@@ -95,8 +100,8 @@ def unload_adapter(model: nn.Module) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[None]:
     """While it is entered the model computes what its base does, bit for bit: a reference model that costs no memory.
 
-    It may be entered again inside itself, and an exception leaves it as the end does. A compiled model has a graph for
-    either state.
+    What `train_also` names has one set of weights and keeps what it has learned. It may be entered again inside itself,
+    and an exception leaves it as the end does. A compiled model has a graph for either state.
 
     Raises:
         ValueError: The model has no adapters, or they are merged.

@@ -75,7 +75,9 @@ def tied_to_trained(model: nn.Module) -> dict[str, list[str]]:
 
 
 def unmark_trained(model: nn.Module) -> None:
-    """Makes them modules like any other; what they have learned stays."""
+    """Makes them modules like any other, frozen; what they have learned stays."""
+    for param in trained_parameters(model).values():
+        param.requires_grad_(False)
     for module in trained_modules(model).values():
         delattr(module, _FQN)
 

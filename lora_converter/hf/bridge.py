@@ -22,6 +22,7 @@ from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
+from lora_converter.hf.saved_modules import modules_of_keys, to_hf_keys
 
 _NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
@@ -69,7 +70,8 @@ def to_peft(
     """Full adapter tensors in the host's names -> an adapter in Hugging Face's.
 
     Args:
-        state_dict: The adapters' parameters. They are taken out of it, so that what is made of one takes its place.
+        state_dict: The adapters' parameters, and weights that trained in full. They are taken out of it, so that what
+            is made of one takes its place.
         names: Of every adapted weight.
         linears: All linears of the model, adapted or not.
         config: The job's; each weight has a rank of its own.
@@ -111,6 +113,7 @@ def to_peft(
         parameters += [part.name for part in module.parts if part.expert is None and part.name in found]
         if swapped := [part.name for part in module.parts if part.is_swapped and part.name in found]:
             logger.warning(_SWAPPED, ", ".join(swapped))
+    saved = to_hf_keys(adapter, state_dict)
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
         rank=config.rank,
@@ -123,6 +126,8 @@ def to_peft(
         packed=packed,
         alphas={module: alpha for module, alpha in own_alphas.items() if alpha != config.alpha},
         target_parameters=parameters,
+        base_weights=saved,
+        modules_to_save=modules_of_keys(saved),
     )
 
 

@@ -1,6 +1,6 @@
 """That what a run is to write at its end can be written, found out before it trains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from lora_converter.hf.bridge import LinearShapes
@@ -9,6 +9,7 @@ from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.merge_plan import without_weight
 from lora_converter.hf.naming import StateDictAdapter, hf_names
+from lora_converter.hf.saved_modules import without_keys
 
 
 def check_exportable(
@@ -16,11 +17,15 @@ def check_exportable(
     linears: LinearShapes,
     adapted: Iterable[str],
     experts: ExpertShapes = MappingProxyType({}),
+    trained: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """Finds out before the training what would otherwise fail after it.
 
+    Args:
+        trained: Weights that train in full -> their shapes.
+
     Raises:
-        ValueError: An adapted module has no name in Hugging Face's terms; all such are named.
+        ValueError: An adapted module or such a weight has no name in Hugging Face's terms; all such are named.
     """
     if adapter is None:
         raise ValueError("checkpoint.last_save_in_hf: the model has no StateDictAdapter to name PEFT's modules by.")
@@ -35,6 +40,11 @@ def check_exportable(
             f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {len(nameless)} "
             f"adapted modules: {', '.join(nameless)}. Name them in lora.exclude_modules, or leave last_save_in_hf at "
             "false."
+        )
+    if lost := without_keys(adapter, trained):
+        raise ValueError(
+            f"checkpoint.last_save_in_hf: {type(adapter).__name__} has no Hugging Face name for {', '.join(lost)}. "
+            "Leave it out of lora.train_also, or leave last_save_in_hf at false."
         )
 
 

@@ -20,6 +20,7 @@ from lora_converter.hf.expert_patterns import split_expert
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import Entry, ModelFolder
 from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.hf.saved_modules import is_same_weight, is_saved
 from lora_converter.hf.stacked import OUTER
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ class MergePlan:
     @property
     def vocab_size(self) -> int | None:
         """Of the merged model, where the adapter brings an embedding."""
-        sizes = {value.shape[0] for key, value in self.replaced.items()}
+        names = _HEADS | _EMBEDDINGS
+        sizes = {v.shape[0] for key, v in self.replaced.items() if _last(key.removesuffix(".weight")) in names}
         return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -107,6 +109,7 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: s
             problems.append(str(e))
     if problems:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base.path}: {'; '.join(problems)}.")
+    _keep_tied_head(base, plan)
     heads = [key for key in (*plan.updates, *plan.replaced) if _last(key.removesuffix(".weight")) in _HEADS]
     plan.untied = plan.untied or bool(heads and _is_tied(base))
     if base_as:
@@ -114,6 +117,14 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: s
         packed = weights_as(base, base_as, peft.packed, transposed=linears)
         plan.packed = {key: as_packed for key, as_packed in packed.items() if key not in plan.replaced}
     return plan
+
+
+def _keep_tied_head(base: ModelFolder, plan: MergePlan) -> None:
+    """An embedding that PEFT trained in full is a copy: an output head that is tied to the base's keeps that."""
+    brought = {_last(key.removesuffix(".weight")): key for key in plan.replaced}
+    embedding = next((key for last, key in brought.items() if last in _EMBEDDINGS), None)
+    if embedding and is_saved(embedding, plan.peft.modules_to_save) and _is_tied(base) and not _HEADS & brought.keys():
+        plan.added["lm_head.weight"], plan.untied = embedding, True
 
 
 def without_weight(base: ModelFolder, modules: Iterable[str]) -> list[str]:
@@ -176,7 +187,7 @@ class _Keys:
 
     def settle_copy(self, key: str, value: torch.Tensor, plan: MergePlan) -> None:
         """Drops a copy of a base weight that equals it, and takes another one in its place."""
-        found = self.find(key.removesuffix(".weight"))
+        found = key if key in self._base.weights else self.find(key.removesuffix(".weight"))
         source = found or self.embedding_of(key.removesuffix(".weight"))
         if source is None:
             raise ValueError(f"{key}, which the adapter brings, is not in the base")
@@ -193,12 +204,6 @@ class _Keys:
         if _last(module) not in _HEADS or not _is_tied(self._base):
             return None
         return self._embeddings[0] if len(self._embeddings) == 1 else None
-
-
-def is_same_weight(copy: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether two weights are equal, in the less precise dtype of the two."""
-    dtype = min((copy.dtype, weight.dtype), key=lambda dtype: dtype.itemsize)
-    return copy.shape == weight.shape and torch.equal(copy.to(dtype), weight.to(dtype))
 
 
 def _is_tied(base: ModelFolder) -> bool:

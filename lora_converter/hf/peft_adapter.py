@@ -47,7 +47,12 @@ class PeftAdapter:
     target_parameters: list[str] = field(default_factory=list)
     """Stacked experts' parameters, and linears, named by their weights, that PEFT would mistake for experts'."""
     base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Key -> weight of the base that PEFT stores beside the factors of an embedding, a head or a resized vocabulary."""
+    """
+    Key -> weight that PEFT stores beside the factors: of modules that were trained in full, or the base's of an
+    embedding, a head or a resized vocabulary.
+    """
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules of which `base_weights` has what was trained, as PEFT matches them: ends of names."""
     peft_version: str = PEFT_VERSION
     """Whose rules tell which way round factors of stacked experts are; empty of a file that does not say."""
 
@@ -152,7 +157,7 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "lora_alpha": _short_number(adapter.alpha),
         "lora_dropout": 0.0 if parameters else adapter.dropout,
-        "modules_to_save": None,
+        "modules_to_save": sorted(adapter.modules_to_save) or None,
         "peft_type": "LORA",
         "peft_version": adapter.peft_version if stacked else PEFT_VERSION,
         "r": adapter.rank,

@@ -130,7 +130,11 @@ FIELDS: dict[str, Field] = {
     "bias": Field("refused", "biases were trained and are stored beside", "'none'", lambda value: value == "none"),
     "lora_bias": _refused("B has a bias"),
     "use_dora": _refused("the update is normalised by a magnitude (DoRA)"),
-    "modules_to_save": _refused("whole modules were trained and are stored beside"),
+    "modules_to_save": _read(
+        "modules trained in full, by the ends of their names; their weights are stored beside",
+        _A_NAME_LIST,
+        _is_name_list,
+    ),
     "trainable_token_indices": _refused("rows of the embedding were trained and are stored beside"),
     "use_qalora": _refused("A sees pooled inputs (QA-LoRA)"),
     "use_bdlora": _refused("factors are block-diagonal"),
@@ -160,7 +164,7 @@ FIELDS: dict[str, Field] = {
     "lora_ga_config": _ignored("without effect where init_lora_weights is not 'lora_ga'"),
     "qalora_group_size": _ignored("without effect where use_qalora is off"),
     "runtime_config": _ignored("where PEFT computes; not stored"),
-    "ensure_weight_tying": _ignored("ties what is stored beside, which is refused by its keys"),
+    "ensure_weight_tying": _refused("what is stored beside was tied to the output head, and trained there too"),
 }
 """Every field of PEFT's `LoraConfig`, and what is made of it. docs/peft.md shows it."""
 

@@ -6,7 +6,7 @@
 
 A directory appears whole or not at all. PEFT's own loader drops keys that it does not know and leaves out those it
 misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do (DoRA,
-modules_to_save, biases, pickled weights) is refused by name. Format: PEFT 0.21.
+biases, pickled weights) is refused by name. Format: PEFT 0.21.
 """
 
 import json
@@ -33,6 +33,7 @@ from lora_converter.hf.peft_config import (
     read_config,
 )
 from lora_converter.hf.peft_patterns import match_pattern
+from lora_converter.hf.saved_modules import is_saved
 from lora_converter.hf.stacked import from_file, in_file, keys_in_file
 from lora_converter.names import without_wrappers
 from lora_converter.tensors import is_finite
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 """Scripts that save a model's state dict themselves leave the adapter's name in, `default`."""
+
+_PREFIX = "base_model.model."
 
 _CONVERT = (
     'If you trust it, convert it in its folder: python -c "import torch, safetensors.torch as s; '
@@ -93,22 +96,27 @@ class _FileTensors(Mapping[str, torch.Tensor]):
 
     def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
         self._dtype, self._factors = dtype, adapter.factors
+        saved = {k: w for k, w in adapter.base_weights.items() if is_saved(k, adapter.modules_to_save)}
+        self._saved = {f"{_PREFIX}{key}": weight for key, weight in saved.items()}
         keys = sorted(keys_in_file(adapter.factors).items())
         self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
 
     def original(self, name: str) -> torch.Tensor:
-        """A factor of the adapter's, in its own dtype."""
+        """A tensor of the adapter's, in its own dtype."""
+        if name in self._saved:
+            return self._saved[name]
         module, letter = self._places[name]
         return self._factors[module]["AB".index(letter)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return in_file(self.original(name), self._places[name][1]).to(self._dtype)
+        original = self.original(name)
+        return (original if name in self._saved else in_file(original, self._places[name][1])).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter((*self._places, *self._saved))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._places) + len(self._saved)
 
 
 def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -143,7 +151,8 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     folder = Path(folder)
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
-    pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE)
+    saved = as_list(config.get("modules_to_save"))
+    pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE, saved)
     rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))
     patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
     factors = from_file(pairs, parameters, lambda name: match_pattern(patterns, name, rank, what), str(folder))
@@ -165,6 +174,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         alphas={module: own for module, own in alphas.items() if own != alpha},
         target_parameters=parameters,
         base_weights=base_weights,
+        modules_to_save=saved,
         peft_version=config.get("peft_version") or "",
     )
     _check_factors(adapter, ranks, str(folder))
@@ -174,7 +184,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
 
 
 def _sorted_out(
-    tensors: dict[str, torch.Tensor], path: Path
+    tensors: dict[str, torch.Tensor], path: Path, saved: list[str]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, torch.Tensor]]:
     """Factors by module, and copies of base weights by key, of the tensors in a file."""
     halves: dict[str, dict[str, torch.Tensor]] = {}
@@ -188,6 +198,8 @@ def _sorted_out(
             pair[match["factor"]] = tensor
         elif match := _BASE_WEIGHT.fullmatch(plain):
             base_weights[f"{match['module']}.weight"] = tensor
+        elif plain.startswith(_PREFIX) and is_saved(plain.removeprefix(_PREFIX), saved):
+            base_weights[plain.removeprefix(_PREFIX)] = tensor
         else:
             raise ValueError(
                 f"{path}: {key!r} is no LoRA factor of a linear; only "
@@ -196,6 +208,8 @@ def _sorted_out(
     alone = [f"{module} has lora_{'/'.join(pair)} alone" for module, pair in halves.items() if len(pair) < 2]
     if alone or not halves:
         raise ValueError(f"{path}: {'; '.join(alone) or 'no adapter in it'}. The file is incomplete.")
+    if lost := [module for module in saved if not any(is_saved(key, [module]) for key in base_weights)]:
+        raise ValueError(f"{path}: nothing of modules_to_save = {lost} is in it. The file is incomplete.")
     return {module: (pair["A"], pair["B"]) for module, pair in sorted(halves.items())}, base_weights
 
 

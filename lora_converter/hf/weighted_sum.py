@@ -95,6 +95,7 @@ def weighted_sum(
         target_modules=targets,
         target_parameters=parameters,
         base_weights={},
+        modules_to_save=[],
     )
     return result, deviations
 

@@ -14,11 +14,12 @@ import torch
 from lora_converter.adapted import check_peft_forms
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.fit import Misfit
 from lora_converter.hf.bridge import from_peft
 from lora_converter.hf.expert_bridge import host_experts
-from lora_converter.hf.merge_plan import is_same_weight
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
+from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
 from lora_converter.ranks import agreed, merged_over_ranks, together, union_over_ranks
 from lora_converter.run.base_identity import (
     PackedWeights,
@@ -34,13 +35,15 @@ from lora_converter.run.description import (
     check_same_run,
 )
 from lora_converter.run.model import RunModel
-from lora_converter.run.peft_io import load_peft_everywhere
+from lora_converter.run.peft_io import load_peft_everywhere, trained_in
 from lora_converter.run.steps import Step
 from lora_converter.tensors import copy_full_, full_tensor
 
 logger = logging.getLogger(__name__)
 
 ADAPTER_OPTION = "lora.initial_adapter_path"
+
+_WORDS = {"misshapen": "have another shape"}
 
 
 class AdapterSource:
@@ -91,9 +94,18 @@ class PeftSource:
             check_same_format(self._path, was, forms, accept=model.host.job.config.accept_other_base)
         description = model.description
         own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
-        there = replace(description, lora={**description.lora, **own})
-        check_same_run(self._path, there, description, there=adapted, here=adapted, experts=experts)
-        self._copies = _copies_of_base(adapter, peft.base_weights, self._path)
+        copies, trained = _copies_of_base(adapter, peft.base_weights, self._path), model.trained_names()
+        # Of what the job trains beside, the directory may have less: that starts from the base.
+        in_full = {*modules_of_keys(trained), *(trained_in(peft, adapter) if copies else ())}
+        there = replace(description, lora={**description.lora, **own, "train_also": sorted(in_full)})
+        here = replace(description, lora={**description.lora, "train_also": modules_of_keys(trained)})
+        check_same_run(self._path, there, here, there=adapted, here=adapted, experts=experts, base=model.base_names())
+        self._copies = {name: value for name, value in copies.items() if name not in trained}
+        self._trained = {name: value for name, value in copies.items() if name in trained}
+        misfit = Misfit()
+        for name, param in model.adapters.state_dict().items():
+            misfit.compare(name, self._trained.get(name, param).shape, param.shape)
+        together(lambda: misfit.raise_if_any(f"{self._path} does not fit the model.", words=_WORDS))
         of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
         self._state_dict = from_peft(adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored)
         self._base_fingerprint = peft.base_fingerprint
@@ -104,7 +116,9 @@ class PeftSource:
         _check_copies(self._model, self._copies, self._path)
         logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
         for name, param in self._model.adapters.state_dict().items():
-            copy_full_(param, self._state_dict[name])
+            value = self._state_dict.get(name, self._trained.get(name))
+            if value is not None:  # else of train_also, and the base's is there
+                copy_full_(param, value)
 
 
 def _copies_of_base(

@@ -22,7 +22,7 @@ from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor, is_finite
-from lora_converter.trained import trained_parameters
+from lora_converter.trained import tied_to_trained, trained_parameters
 
 
 class RunModel:
@@ -49,6 +49,14 @@ class RunModel:
     def base(self) -> ModelSubset:
         """What the base's source has: all but the adapters. What `train_also` names starts from there."""
         return ModelSubset(self.parts, lambda name: name not in self._names or name in self._of_base)
+
+    def tied(self) -> dict[str, list[str]]:
+        """Weights of `train_also` that are tied, of all ranks -> their other names. A collective."""
+        return merged_over_ranks({n: others for part in self.parts for n, others in tied_to_trained(part).items()})
+
+    def trained_names(self) -> list[str]:
+        """All names of the weights of `train_also`, of all ranks. A collective."""
+        return [*union_over_ranks(sorted(self._of_base)), *(n for others in self.tied().values() for n in others)]
 
     def frozen_names(self) -> list[str]:
         """This rank's entries that no step stores whose base has a source."""

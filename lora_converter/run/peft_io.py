@@ -22,6 +22,7 @@ from lora_converter.hf.naming import StateDictAdapter, hf_name
 from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
+from lora_converter.hf.saved_modules import is_saved, modules_of_keys
 from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.packing import packable
 from lora_converter.ranks import agreed, together
@@ -29,6 +30,7 @@ from lora_converter.run.description import DESCRIPTION, Description, adapters_in
 from lora_converter.run.host import ModelSource
 from lora_converter.run.job import RunConfig
 from lora_converter.targets import select_targets
+from lora_converter.trained import tied_to_trained
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -96,11 +98,20 @@ def config_of_peft(
     targets = select_targets(
         list(linears), targets=config.target_modules, exclude=config.exclude_modules, experts=every
     )
+    if not config.train_also and peft.modules_to_save:
+        config = replace(config, train_also=trained_in(peft, adapter))
     own = {fqn: (peft.rank_of(modules[fqn]), peft.alpha_of(modules[fqn])) for fqn in targets if fqn in modules}
     own |= {fqn: of_experts[fqn] for name in targets if (fqn := name.rpartition(".")[0]) in of_experts}
     ranks = {fqn: rank for fqn, (rank, _) in own.items() if rank != peft.rank}
     alphas = {fqn: alpha for fqn, (_, alpha) in own.items() if alpha != peft.alpha}
     return replace(config, rank_pattern=config.rank_pattern or ranks, alpha_pattern=config.alpha_pattern or alphas)
+
+
+def trained_in(peft: PeftAdapter, adapter: StateDictAdapter) -> list[str]:
+    """The host's names of the modules that a directory has trained in full."""
+    return modules_of_keys(
+        adapter.from_hf({k: w for k, w in peft.base_weights.items() if is_saved(k, peft.modules_to_save)})
+    )
 
 
 def _experts_of(
@@ -175,6 +186,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} is not what {DESCRIPTION} says.")
     state_dict = {name: torch.empty(param.shape) for name, param in params.items()}
     load_dcp(state_dict, path, metadata, no_dist=True)
+    state_dict |= {other: state_dict[n] for n, others in tied_to_trained(model).items() for other in others}
     return to_peft(
         adapter,
         state_dict,

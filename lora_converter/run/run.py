@@ -124,7 +124,9 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
+        tied = self.model.tied()
         gathered = self.model.gather_adapters(self.job.export_dtype)
+        gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
         if is_first_rank():
             peft = to_peft(
                 adapter,

@@ -134,11 +134,6 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
             "the backward. Leave it at false; they take little memory."
         )
-    if job_config.lora.train_also and job_config.training.dtype != "float32":
-        yield (
-            f"lora.train_also with training.dtype = {job_config.training.dtype!r}: what trains is kept in fp32. Set "
-            'training.dtype = "float32"; frozen weights are stored in training.mixed_precision_param all the same.'
-        )
     ac, dropout = job_config.activation_checkpoint, job_config.lora.dropout
     if dropout > 0 and ac.mode in ("full", "selective") and not ac.preserve_rng_state:
         yield (

@@ -46,8 +46,8 @@ from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
 from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
-from lora_converter.titan.precision import store_frozen_in_compute_dtype
-from lora_converter.trained import tied_to_trained
+from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
+from lora_converter.trained import tied_to_trained, trained_parameters
 
 
 class LoRAConverter:
@@ -84,6 +84,7 @@ class LoRAConverter:
                 from lora_converter.titan.float8 import freeze_float8_linears  # torchao is an extra
 
                 freeze_float8_linears(model)
+            check_trained_dtype(job_config)
             job = job_of(job_config)
             if job.config.base_format:
                 pack_base(model, job, self._state_dict_adapter(model))
@@ -107,7 +108,8 @@ class LoRAConverter:
         """That what is to be written at the end can be, before the training."""
         adapter, job = self._state_dict_adapter(model), job_of(self.job_config)
         linears, experts = linear_shapes(model), expert_shapes(model)
-        check_exportable(adapter, linears, adapted, experts)
+        trained = {name: tuple(param.shape) for name, param in trained_parameters(model).items()}
+        check_exportable(adapter, linears, adapted, experts, trained)
         if job.config.save_merged and adapter is not None and job.base is not None:
             base = job.base.path
             together(lambda: check_mergeable(adapter, linears, adapted, base, experts))

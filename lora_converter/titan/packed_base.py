@@ -14,6 +14,7 @@ from lora_converter.packing import Packing, pack_model, packable
 from lora_converter.run.job import AS_RELEASED, Job
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.titan.job import base_of
+from lora_converter.trained import modules_with_parameters, select_trained
 
 
 def wrong_with_packed_base(job_config: Any) -> Iterator[str]:
@@ -68,6 +69,10 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
     form, base = job.config.base_format, job.base
     option = f"lora.base_format = {form!r}"
     shapes = packable(model, EXPERT_CLASSES)
+    trained = select_trained(modules_with_parameters(model), job.config.train_also, strict=False)
+    if dense := [name for name in shapes if name.rpartition(".")[0] in trained]:
+        logger.info(f"LoRA: not packed, since lora.train_also names them: {', '.join(dense)}.")
+        shapes = {name: shape for name, shape in shapes.items() if name not in dense}
     stored: dict[str, str] = {}
     if (
         base is not None

@@ -46,6 +46,20 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_di
             param.data = param.data.to(dtype)
 
 
+def check_trained_dtype(job_config: Any) -> None:
+    """Refuses weights that train in full in less than fp32.
+
+    Raises:
+        ValueError: `training.dtype` is another.
+    """
+    dtype = job_config.training.dtype
+    if job_config.lora.train_also and dtype != "float32":
+        raise ValueError(
+            f"lora.train_also with training.dtype = {dtype!r}: what trains is kept in fp32. Set training.dtype = "
+            '"float32"; frozen weights are stored in training.mixed_precision_param all the same.'
+        )
+
+
 class RoundedEmbedding(nn.Embedding):
     """What an embedding's class gains whose weight is stored rounded."""
 

@@ -166,9 +166,8 @@ def refused(folder: Path) -> str:
             "bias = 'all' is not supported; it must be 'none' (biases were trained and are stored beside).",
         ),
         (
-            {"modules_to_save": ["lm_head"]},
-            "modules_to_save = ['lm_head'] is not supported; it must be null, false or empty (whole modules were "
-            "trained and are stored beside).",
+            {"modules_to_save": [1]},
+            "modules_to_save = [1]; it must be a string or a list of strings.",
         ),
         (
             {"rank_pattern": {"q_proj": "8"}},

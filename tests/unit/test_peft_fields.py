@@ -64,7 +64,7 @@ ON: dict[str, Any] = {
     "bias": "all",
     "lora_bias": True,
     "use_dora": True,
-    "modules_to_save": ["norm"],
+    "ensure_weight_tying": True,
     "trainable_token_indices": [1],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
