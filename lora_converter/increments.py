@@ -41,9 +41,9 @@ def increments_of(
     """
     found: dict[str, Increment] = {}
     linears, weights = linears_of(model), dict(owners(model))
-    if own := [name for name in tensors if not any(name.startswith(f"{fqn}.") for fqn in scalings)]:
+    if in_full := [name for name in tensors if not any(name.startswith(f"{fqn}.") for fqn in scalings)]:
         raise ValueError(
-            f"{', '.join(own)} trained in full, which is no increment of a weight. Send such packages to an "
+            f"{', '.join(in_full)} trained in full, which is no increment of a weight. Send such packages to an "
             "AdapterReceiver, whose model has the same train_also."
         )
     for fqn, scaling in scalings.items():

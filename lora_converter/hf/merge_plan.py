@@ -187,7 +187,9 @@ class _Keys:
 
     def settle_copy(self, key: str, value: torch.Tensor, plan: MergePlan) -> None:
         """Drops a copy of a base weight that equals it, and takes another one in its place."""
-        found = key if key in self._base.weights else self.find(key.removesuffix(".weight"))
+        owner, _, last = key.rpartition(".")
+        name = f"{weight.rpartition('.')[0]}.{last}" if (weight := self.find(owner)) else key
+        found = name if name in self._base.weights else None
         source = found or self.embedding_of(key.removesuffix(".weight"))
         if source is None:
             raise ValueError(f"{key}, which the adapter brings, is not in the base")

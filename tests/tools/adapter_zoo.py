@@ -35,6 +35,7 @@ from transformers import (
 )
 
 from lora_converter import LoRAConfig, adapter_configs, apply_lora
+from lora_converter.hf.saved_modules import is_saved, modules_of_keys
 from lora_converter.linear import linears_of
 from lora_converter.merge import merge_directories
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, from_model, into_model, load_peft, save_peft
@@ -158,9 +159,7 @@ def _options(shape: Base, tied: bool, rng: random.Random, found: Specimen) -> di
             sometimes(0.08, "DoRA", ["use_dora"], use_dora=True, init_lora_weights=True)
     sometimes(0.08, "bias", ["bias"], bias="lora_only")
     sometimes(0.05, "lora_bias", ["lora_bias"], lora_bias=True, init_lora_weights=True)
-    sometimes(
-        0.06, "modules_to_save", ["modules_to_save"], modules_to_save=["norm" if not shape.transposed else "ln_f"]
-    )
+    sometimes(0.06, "modules_to_save", modules_to_save=["norm" if not shape.transposed else "ln_f"])
     sometimes(0.06, "trainable tokens", ["trainable_token_indices"], trainable_token_indices=[1, 2])
     if found.refusable.count("use_dora") and found.refusable.count("lora_bias"):
         options.pop("lora_bias")
@@ -275,6 +274,7 @@ def give_adapter(model: PreTrainedModel, adapter: PeftAdapter) -> None:
         rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.use_rslora, target_modules=list(adapter.factors),
         rank_pattern={m: adapter.rank_of(m) for m in adapter.factors if adapter.rank_of(m) != adapter.rank},
         alpha_pattern=dict(adapter.alphas),
+        train_also=modules_of_keys(key for key in adapter.base_weights if is_saved(key, adapter.modules_to_save)),
     )  # fmt: skip
     assert adapter.factors.keys() <= ours.keys()
     apply_lora(model, config)
