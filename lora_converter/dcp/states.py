@@ -1,7 +1,8 @@
 """What a checkpoint of a LoRA run is made of, as DCP sees it: parts of the model, and a compact optimizer."""
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -72,16 +73,20 @@ class OptimizerState(Stateful):
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
             own = trained_parameters(part)
-            for name, value in get_optimizer_state_dict(part, optimizer, options=self._options).items():
+            with _without_empty_groups(optimizer):
+                values = get_optimizer_state_dict(part, optimizer, options=self._options)
+            for name, value in values.items():
                 stored = compact.setdefault(_once(name, own), value)
                 assert stored is value or stored == value, name
         return compact
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, optimizer in self._stages:
-            names, own = get_optimizer_state_dict(part, optimizer, options=self._options), trained_parameters(part)
-            values = {name: state_dict[_once(name, own)] for name in names}
-            set_optimizer_state_dict(part, optimizer, values, options=self._options)
+            own = trained_parameters(part)
+            with _without_empty_groups(optimizer):
+                names = get_optimizer_state_dict(part, optimizer, options=self._options)
+                values = {name: state_dict[_once(name, own)] for name in names}
+                set_optimizer_state_dict(part, optimizer, values, options=self._options)
 
     def of_step(self, stored: Container[str]) -> Stateful:
         """The same, to be read from a step that stores those names. What has no state there starts afresh."""
@@ -102,6 +107,18 @@ class OptimizerState(Stateful):
                 f"LoRA: {len(without)} parameters never got a gradient, and are saved without optimizer state, which "
                 f"starts afresh when the run is resumed: {', '.join(without)}."
             )
+
+
+@contextmanager
+def _without_empty_groups(optimizer: Optimizer) -> Iterator[None]:
+    """Groups that have no parameter on this pipeline stage are out of torch's way, which miscounts them."""
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups = [group for group in groups if group["params"]]
+    try:
+        yield
+    finally:
+        left = iter(optimizer.param_groups)
+        optimizer.param_groups = [next(left) if group["params"] else group for group in groups]
 
 
 class _OptimizerOfStep(Stateful):
