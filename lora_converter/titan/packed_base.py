@@ -100,6 +100,10 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
         own = sorted({kept for kept in stored.values() if kept.startswith(form)})
         formats = dict.fromkeys(shapes, own[-1] if own else form)
     logger.info(_describe(pack_model(model, formats, expert_classes=EXPERT_CLASSES)))
+    if base is not None and "nf4-fp32" in formats.values():
+        logger.info(
+            f"LoRA: bf16 does not hold the absmaxes of {base.path}, so they are kept in fp32, as they are there."
+        )
 
 
 def _describe(done: Packing) -> str:

@@ -165,8 +165,11 @@ def test_no_more_than_a_few_modules_are_dense_at_a_time(base: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("form", ["", "nf4", "as-released"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_folder_of_bitsandbytes_keeps_its_values(base: Path, tmp_path: Path, *, nested: bool, form: str) -> None:
+def test_a_folder_of_bitsandbytes_keeps_its_values(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, *, nested: bool, form: str
+) -> None:
     """With double quantisation, and without: absmaxes of weights in bf16 are exact in bf16."""
+    caplog.set_level("INFO")
     weights = load_file(base / "model.safetensors")
     stored, dense = dict(weights), dict(weights)
     for name, weight in linears_of(weights).items():
@@ -178,6 +181,7 @@ def test_a_folder_of_bitsandbytes_keeps_its_values(base: Path, tmp_path: Path, *
     expected = train(tmp_path / "2", *on(save(tmp_path / "dense", dense), short))
     same_runs(run, expected)
     assert formats_of(run) == (({"nf4-fp32"} if nested else {"nf4"}) if form else set())
+    assert ("so they are kept in fp32" in caplog.text) == (nested and form != "")
     assert fingerprint(run) == fingerprint(expected)
 
 
