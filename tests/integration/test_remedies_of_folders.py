@@ -173,9 +173,8 @@ def test_weights_that_cannot_be_merged_are_excluded_or_not_merged(hf_base: Path,
     shutil.copytree(hf_base, tmp_path / "base")
     weights = load_file(hf_base / "model.safetensors")
     key = "model.layers.1.self_attn.o_proj.weight"
-    save_file(
-        {**weights, key: weights[key].to(torch.float8_e4m3fn)}, tmp_path / "base/model.safetensors", {"format": "pt"}
-    )
+    stored = {**weights, key: weights[key].to(torch.float8_e4m3fn), f"{key}_scale_inv": torch.ones(1, 1)}
+    save_file(stored, tmp_path / "base/model.safetensors", {"format": "pt"})
     job = [*on(tmp_path / "base"), "--checkpoint.last_save_model_only", *PEFT]
     with pytest.raises(ValueError, match=r"Name their modules in lora\.exclude_modules, or leave save_merged at false"):
         build(tmp_path / "run", *job, "--lora.save_merged")

@@ -1,4 +1,4 @@
-"""Sums of PEFT directories: what is added, named and refused. Against PEFT's own sums: integration/test_combine.py."""
+"""Sums of PEFT directories: what is added, named and refused. Against PEFT's own: test_combine_in_peft.py."""
 
 import json
 import os

@@ -104,6 +104,12 @@ def test_files_are_small() -> None:
     assert statistics.median(size for size in sizes.values() if size) <= 130
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by these; two of one name are not collected together."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
+
+
 def test_what_the_type_checker_is_told_to_ignore_is_little_and_has_a_reason() -> None:
     ignored = []
     for path in FILES:
