@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 BASES = ("nf4",)
 """What a base can be merged as, beside itself."""
 
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
+CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _CONV1D_MODULES = {"c_attn", "c_proj", "c_fc", "q_attn"}
 """transformers' models whose linears are Conv1D, and the names of those that are."""
 
@@ -160,7 +160,7 @@ def weights_as(
 
 def is_conv1d(kind: str, module: str) -> bool:
     """Whether a linear is transformers' Conv1D, whose weight is (in, out)."""
-    return kind in _CONV1D_MODELS and _last(module) in _CONV1D_MODULES
+    return kind in CONV1D_MODELS and _last(module) in _CONV1D_MODULES
 
 
 def _by_names(base: ModelFolder, stacks: Iterable[str]) -> list[str]:

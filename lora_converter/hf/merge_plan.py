@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lora_converter.hf.aliases import Aliases
-from lora_converter.hf.base_as import AsPacked, check_base_as, is_conv1d, weights_as
+from lora_converter.hf.base_as import CONV1D_MODELS, AsPacked, check_base_as, is_conv1d, weights_as
 from lora_converter.hf.expert_layouts import layout_of, stored_experts
 from lora_converter.hf.expert_patterns import split_expert
 from lora_converter.hf.experts import fit_experts
@@ -224,8 +224,8 @@ def _is_transposed(base: ModelFolder, peft: PeftAdapter, module: str, shape: lis
     if out_features != in_features:
         return shape == [in_features, out_features]
     kind = base.config.get("model_type")
-    if is_conv1d(str(kind), module):
-        return True
+    if kind in CONV1D_MODELS:
+        return is_conv1d(kind, module)
     if isinstance(kind, str) and "auto_map" not in base.config:
         return False
     logger.warning(
