@@ -80,16 +80,23 @@ def pack_linear(linear: nn.Linear, *, form: str, fqn: str = "linear") -> PackedL
     if form not in FORMATS:
         raise ValueError(f"{fqn} is not packed: {form!r} is no packed format; the formats are {', '.join(FORMATS)}.")
     check_forward_is_called(fqn, linear)
-    if type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{fqn} is not packed: its class, {type(linear).__name__}, has a product of its own.")
-    if dict(linear.named_parameters(recurse=False)).get("weight") is None:
-        raise ValueError(f"{fqn} is not packed: its weight is no parameter, but computed from others.")
+    if obstacle := what_keeps_from_packing(linear):
+        raise ValueError(f"{fqn} is not packed: {obstacle}.")
     weight = nn.Parameter(FORMATS[form].pack(linear.weight.detach()), requires_grad=False)
     packed = swap_class(linear, PackedLinear)
     follow_hook(packed)
     packed.packed_format, packed.packed_fqn = form, fqn
     packed.weight = weight
     return packed
+
+
+def what_keeps_from_packing(linear: nn.Module) -> str:
+    """Why a linear cannot be packed, whatever its values; empty if it can."""
+    if type(linear).forward is not nn.Linear.forward:
+        return f"its class, {type(linear).__name__}, has a product of its own"
+    if dict(linear.named_parameters(recurse=False)).get("weight") is None:
+        return "its weight is no parameter, but computed from others"
+    return ""
 
 
 def _local(value: torch.Tensor | None) -> torch.Tensor | None:

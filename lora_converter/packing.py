@@ -15,7 +15,7 @@ import torch.nn as nn
 from lora_converter.experts import ExpertClasses, experts_of, pack_experts
 from lora_converter.linear import linears_of
 from lora_converter.packed_formats import FORMATS
-from lora_converter.packed_linear import pack_linear
+from lora_converter.packed_linear import pack_linear, what_keeps_from_packing
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, matches
 
@@ -72,10 +72,9 @@ def pack_model(
     linears = {fqn: linear for fqn, linear in linears_of(model).items() if f"{fqn}.weight" in packed}
     for fqn, linear in linears.items():
         check_forward_is_called(fqn, linear)
-        if type(linear).forward is not nn.Linear.forward:
+        if obstacle := what_keeps_from_packing(linear):
             raise ValueError(
-                f"{fqn} cannot be packed: its class, {type(linear).__name__}, has a product of its own. Leave out "
-                "lora.base_format, or the converter that made it."
+                f"{fqn} cannot be packed: {obstacle}. Leave out lora.base_format, or the converter that made it."
             )
     for fqn, linear in linears.items():
         assert isinstance(linear, nn.Linear)

@@ -1,12 +1,16 @@
 """What a process holds, as Linux counts it, and what operators make, exactly."""
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Resident:
@@ -41,7 +45,7 @@ class Made(TorchDispatchMode):
         if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
             a, b = args[-2:]
             self.products += a.shape[0] * a.shape[1] * b.shape[1]
-        for value in torch.utils._pytree.tree_leaves(result):
+        for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._note(_local(value))
         return result
@@ -61,6 +65,22 @@ class Made(TorchDispatchMode):
             self._storages.discard(key)
 
         weakref.finalize(storage, gone)  # which lives as long as any view of it
+
+
+def kept_by_selective_checkpointing(forward: Callable[[], Any]) -> list[torch.Tensor]:
+    """What selective activation checkpointing keeps of one forward: this rank's parts."""
+    storages: list[Any] = []
+    init = torch.utils.checkpoint._CachingTorchDispatchMode.__init__
+
+    def note(mode: Any, policy: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
+        storages.append(storage)
+        init(mode, policy, storage, *args, **kwargs)
+
+    with mock.patch.object(torch.utils.checkpoint._CachingTorchDispatchMode, "__init__", note):
+        forward()
+    entries = [entry for storage in storages for calls in storage.values() for entry in calls.values()]
+    values = [getattr(wrapped, "val", None) for entry in entries for wrapped in tree_leaves(entry)]
+    return [_local(value) for value in values if isinstance(value, torch.Tensor)]
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 Whatever a folder says of itself is compared with the headers of its files, which safetensors compares with their sizes.
 """
 
-import functools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -97,7 +96,8 @@ class BitsandbytesNF4(Scheme):
         if codes.entry.shape != [*rows, 1] or nbytes != -(-count // 2) or nbytes % rows[0]:
             raise self._damaged(name, f"it is {codes.entry.dtype} {codes.entry.shape}, and holds no weight of {shape}")
         quant_map = self._part(name, name + ".quant_map", ["F32"], [16])
-        if not torch.allclose(self._files.read(quant_map), _nf4_values(), rtol=0, atol=1e-6):
+        values = FORMATS["nf4"].table(torch.device("cpu"))
+        if not torch.allclose(self._files.read(quant_map), values, rtol=0, atol=1e-6):
             raise self._damaged(quant_map.name, "it is not NF4's")
         blocks = -(-count // block)
         nested = self._nested(name, state, blocks)
@@ -180,10 +180,3 @@ class FP8Blocks(Scheme):
 
 SCHEMES: dict[str, type[Scheme]] = {"bitsandbytes": BitsandbytesNF4, "mxfp4": MXFP4Blocks, "fp8": FP8Blocks}
 """`quant_method` of config.json -> scheme."""
-
-
-@functools.cache
-def _nf4_values() -> torch.Tensor:
-    """What the codes 0 to 15 stand for."""
-    form, codes = FORMATS["nf4-fp32"], torch.arange(32, dtype=torch.uint8) * 34 + 1  # two to a byte, then other pairs
-    return form.unpack(form.join(codes, torch.ones(())).view(1, 1, -1), torch.float32).flatten()[:16]

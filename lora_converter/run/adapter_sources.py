@@ -20,7 +20,7 @@ from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
-from lora_converter.ranks import agreed, merged_over_ranks, together, union_over_ranks
+from lora_converter.ranks import agreed, together, union_over_ranks
 from lora_converter.run.base_identity import (
     PackedWeights,
     check_same_base,
@@ -89,7 +89,7 @@ class PeftSource:
         stored = host_experts(adapter, experts)
         peft = load_peft_everywhere(self._path, adapter, linears, stored)
         if peft.base_fingerprint:  # made by a run like this, which says what its base was packed as
-            forms: PackedWeights = dict.fromkeys((f for f, _ in merged_over_ranks(model.own_packed()).values()), ())
+            forms: PackedWeights = dict.fromkeys((form for form, _ in model.packed.values()), ())
             was: PackedWeights = {peft.packed.form: ()} if peft.packed else {}
             check_same_format(self._path, was, forms, accept=model.host.job.config.accept_other_base)
         description = model.description
@@ -167,8 +167,7 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     here, experts = model.adapted_fqns(), model.expert_shapes()
     if described is not None:
         job, path, accept = model.host.job, f"{step.path}", model.host.job.config.accept_other_base
-        packed = packed_by_format(merged_over_ranks(model.own_packed()))
-        check_same_format(path, described.packed, packed, accept=accept)
+        check_same_format(path, described.packed, packed_by_format(model.packed), accept=accept)
         check_same_converters(path, described.converters, job.converters, accept=accept)
     return check_same_run(
         f"{step.path}",

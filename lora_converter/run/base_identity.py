@@ -36,11 +36,7 @@ def check_same_format(path: str, there: PackedWeights, here: PackedWeights, *, a
     was, is_now = (f"packed as {' and '.join(forms)}" if forms else "not packed" for forms in (there, here))
     others = " in other weights" * (there.keys() == here.keys())
     both = f"{path} was trained on a base that was {was}; the base here is {is_now}{others}."
-    if not accept:
-        raise ValueError(
-            f"{both} Set lora.base_format and the base as they were there, or set lora.accept_other_base = true."
-        )
-    logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
+    _refuse(both, "Set lora.base_format and the base as they were there", accept=accept)
 
 
 def check_same_converters(path: str, there: Sequence[str] | None, here: Sequence[str], *, accept: bool) -> None:
@@ -57,9 +53,7 @@ def check_same_converters(path: str, there: Sequence[str] | None, here: Sequence
     if there is None or list(there) == list(here):
         return
     both = f'Beside "lora" {path} was trained with model.converters {list(there)}; here they are {list(here)}.'
-    if not accept:
-        raise ValueError(f"{both} Set model.converters as they were there, or set lora.accept_other_base = true.")
-    logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")
+    _refuse(both, "Set model.converters as they were there", accept=accept)
 
 
 def check_same_base(path: str, recorded: str, base: str, found: str, *, accept: bool) -> None:
@@ -77,6 +71,11 @@ def check_same_base(path: str, recorded: str, base: str, found: str, *, accept: 
     if recorded in ("", found) or not found:
         return
     both = f"{path} was trained on a base with fingerprint {recorded}; that of {base} is {found}."
+    _refuse(both, "Name the base it was trained on", accept=accept)
+
+
+def _refuse(both: str, remedy: str, *, accept: bool) -> None:
+    """Raises what differs, or only warns of it where the user accepts another base."""
     if not accept:
-        raise ValueError(f"{both} Name the base it was trained on, or set lora.accept_other_base = true.")
+        raise ValueError(f"{both} {remedy}, or set lora.accept_other_base = true.")
     logger.warning(f"LoRA: {both} lora.accept_other_base is set, so it is used all the same.")

@@ -30,7 +30,7 @@ class RunModel:
 
     Attributes:
         base_fingerprint: Of the base that was loaded; empty before, and for a base without source.
-        packed: Packed weights of all ranks -> their format, and their shape before; empty before the base is loaded.
+        packed: Packed weights of all ranks -> their format, and their shape before; empty before `twins`.
     """
 
     def __init__(self, host: Host):
@@ -95,8 +95,12 @@ class RunModel:
         return {LoRALinear, *(_kind(module) for module in self.adapted)}
 
     def twins(self) -> Twins:
-        """The base, to be read into."""
+        """The base, to be read into, before any check of what was trained on it; sets `packed`. A collective."""
+        params = {name: param for part in self.parts for name, param in plain_parameters(part)}
         formats = {name: form for part in self.parts for name, form in packed_formats(part).items()}
+        if self.host.job.config.base_format:
+            own = {name: (form, FORMATS[form].weight_shape(params[name].shape)) for name, form in formats.items()}
+            self.packed = merged_over_ranks(own)
         return Twins(self.base, formats)
 
     def take_fingerprint(self, before_packing: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
@@ -111,14 +115,6 @@ class RunModel:
         if "pp" in self.host.meshes:
             sums = merged_over_ranks(sums)
         self.base_fingerprint = agreed(fingerprint(sums), "The fingerprint of the base")
-        if self.host.job.config.base_format:
-            self.packed = merged_over_ranks(self.own_packed())
-
-    def own_packed(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """`packed`, of this rank's parts."""
-        params = {name: param for part in self.parts for name, param in plain_parameters(part)}
-        formats = {name: form for part in self.parts for name, form in packed_formats(part).items()}
-        return {name: (form, FORMATS[form].weight_shape(params[name].shape)) for name, form in formats.items()}
 
     def peft_names(self) -> dict[str, tuple[str, str]]:
         """Adapted weight -> the parameters that PEFT calls its lora_A and lora_B, of all ranks. A collective."""

@@ -51,15 +51,14 @@ class BaseSource:
         self._seconds = {"read": 0.0, "checks": 0.0}
         base, adapter = model.host.job.base, model.host.state_dict_adapter
         assert base is not None
-        self._path, twins = base.path, model.twins()
-        self._twins = twins
+        self._path, self._twins = base.path, model.twins()
         if base.format == "dcp":
-            self._folder: Source = DcpBase(twins, base.path, BASE_OPTION)
+            self._folder: Source = DcpBase(self._twins, base.path, BASE_OPTION)
         elif adapter is None:
             raise ValueError("checkpoint.initial_load_in_hf: the model has no StateDictAdapter. Load a DCP folder.")
         else:
             with self._timed("checks"):
-                self._folder = HuggingFaceBase(adapter, base.path, twins, quantized=base.quantized)
+                self._folder = HuggingFaceBase(adapter, base.path, self._twins, quantized=base.quantized)
 
     def check(self) -> None:
         """Compares keys and shapes."""

@@ -1,5 +1,6 @@
 """`lora.base_format` on torchtitan: what it does not go with, and the packing of a model before it gets adapters."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,7 +108,7 @@ def pack_base(model: nn.Module, job: Job, adapter: StateDictAdapter | None) -> N
 
 
 def _describe(done: Packing) -> str:
-    counts = {form: sum(1 for other in done.packed.values() if other == form) for form in done.packed.values()}
+    counts = Counter(done.packed.values())
     packed = " and ".join(
         f"{count} weights packed as {form} ({_bits(form):.3g} bits each)" for form, count in counts.items()
     )

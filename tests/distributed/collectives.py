@@ -12,13 +12,13 @@ import torch.distributed as dist
 import torch.nn as nn
 from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish, full_state
 from launch import main
+from memory import kept_by_selective_checkpointing
 from parity import CP2, FSDP2, OP_SAC, TP2, fill_b
 from tiny_models import base_options
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_adapter, order, unmerge_adapter
 from lora_converter.adapted import adapted_modules
@@ -151,22 +151,10 @@ def selective_ac_keeps_what_full_fine_tuning_keeps(folder: Path) -> dict[str, in
 
 def selectively_kept(run: Run) -> dict[tuple[int, ...], int]:
     """Shape on this rank -> elements that selective activation checkpointing keeps of one forward."""
-    storages: list[Any] = []
-    init = torch.utils.checkpoint._CachingTorchDispatchMode.__init__
-
-    def note(mode: Any, policy: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
-        storages.append(storage)
-        init(mode, policy, storage, *args, **kwargs)
-
-    with mock.patch.object(torch.utils.checkpoint._CachingTorchDispatchMode, "__init__", note):
-        run.trainer.model_parts[0](torch.randint(0, 320, (2, 64)))
     kept: dict[tuple[int, ...], int] = defaultdict(int)
-    for entry in (entry for storage in storages for calls in storage.values() for entry in calls.values()):
-        for wrapped in tree_leaves(entry):
-            value = getattr(wrapped, "val", None)
-            if isinstance(value, torch.Tensor):
-                local = value.to_local() if isinstance(value, DTensor) else value
-                kept[tuple(local.flatten(0, -2).shape)] += local.numel()
+    inputs = torch.randint(0, 320, (2, 64))
+    for local in kept_by_selective_checkpointing(lambda: run.trainer.model_parts[0](inputs)):
+        kept[tuple(local.flatten(0, -2).shape)] += local.numel()
     return kept
 
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn as nn
 from harness import TINY, install
-from memory import Made
+from memory import Made, kept_by_selective_checkpointing
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.utils._pytree import tree_leaves
 from torchtitan.config.job_config import ActivationCheckpoint, JobConfig
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
@@ -76,18 +75,8 @@ def test_they_are_counted_as_the_models_of_the_unpacked_weights(name: str, flavo
 
 def kept(model: nn.Module) -> Counter[tuple[int, ...]]:
     """Shapes that selective activation checkpointing keeps of one forward, rows together."""
-    storages: list[Any] = []
-    init = torch.utils.checkpoint._CachingTorchDispatchMode.__init__
-
-    def note(mode: Any, policy: Any, storage: Any, *args: Any, **kwargs: Any) -> None:
-        storages.append(storage)
-        init(mode, policy, storage, *args, **kwargs)
-
-    with mock.patch.object(torch.utils.checkpoint._CachingTorchDispatchMode, "__init__", note):
-        model(torch.zeros(2, 16, dtype=torch.int64))
-    entries = [entry for storage in storages for calls in storage.values() for entry in calls.values()]
-    values = [getattr(wrapped, "val", None) for entry in entries for wrapped in tree_leaves(entry)]
-    return Counter(tuple(v.flatten(0, -2).shape) for v in values if isinstance(v, torch.Tensor) and v.numel())
+    values = kept_by_selective_checkpointing(lambda: model(torch.zeros(2, 16, dtype=torch.int64)))
+    return Counter(tuple(v.flatten(0, -2).shape) for v in values if v.numel())
 
 
 def test_products_that_are_named_are_recomputed_as_the_dense_ones_are() -> None:
