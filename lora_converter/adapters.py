@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters
 from lora_converter.config import LoRAConfig
+from lora_converter.dora import add_dora, check_takes_magnitude
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.fake_quantized import tell_what_merging_means
 from lora_converter.linear import add_adapter, linears_of
@@ -88,13 +89,16 @@ def apply_lora(
     targets = _called(model, [fqn for fqn in selected if fqn in linears], config)
     for fqn in targets:
         check_forward_is_called(fqn, linears[fqn])
+        if config.use_dora:
+            check_takes_magnitude(fqn, linears[fqn])
     for fqn in weights:
         check_forward_is_called(fqn, experts[fqn][0])
+    add = add_dora if config.use_dora else add_adapter
     configs = configs_of(config, targets, experts=list(weights))
     trained = _trained(model, config, adapted=[*targets, *weights], experts=list(experts))
     for fqn in targets:
         name = canonical_name(fqn)
-        add_adapter(linears[fqn], configs[fqn], fqn=fqn, canonical_name=name, dtype=dtype, factor_class=factor_class)
+        add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=name, dtype=dtype, factor_class=factor_class)
     for fqn, own in weights.items():
         module, kind = experts[fqn]
         name = canonical_name(fqn)

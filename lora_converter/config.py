@@ -31,6 +31,9 @@ class LoRAConfig:
     use_rslora: bool = False
     """Scale the update by alpha / sqrt(rank) (rank-stabilised LoRA, https://arxiv.org/abs/2312.03732)."""
 
+    use_dora: bool = False
+    """Train a magnitude per output row of each adapted linear beside A and B (DoRA, https://arxiv.org/abs/2402.09353)."""
+
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """
     Linears that get an adapter: 'all-linear' (every linear but the output head and MoE router gates), a name
@@ -70,8 +73,9 @@ class LoRAConfig:
             raise ValueError(f"lora.expert_rank = {self.expert_rank!r}: must be an integer of at least 1, or 0.")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
-        if not isinstance(self.use_rslora, bool):
-            raise ValueError(f"lora.use_rslora = {self.use_rslora!r}: must be true or false.")
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
         if not is_number(self.train_also_lr) or not (math.isfinite(self.train_also_lr) and self.train_also_lr >= 0):
             raise ValueError(f"lora.train_also_lr = {self.train_also_lr!r}: must be a finite number of at least 0.")
         for name in ("target_modules", "exclude_modules", "train_also"):
@@ -94,7 +98,8 @@ class LoRAConfig:
 
     def of_one(self, *, rank: int, alpha: float) -> "LoRAConfig":
         """The settings of a single adapted module, for which the patterns have been looked up."""
-        own = {name: getattr(self, name) for name in ("dropout", "use_rslora", "target_modules", "exclude_modules")}
+        shared = ("dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules")
+        own = {name: getattr(self, name) for name in shared}
         return LoRAConfig(rank=rank, alpha=alpha, **own)
 
 

@@ -169,7 +169,7 @@ class LoRALinear(AdaptedModule):
         `ColwiseParallel` offers every parameter below a linear under its dotted name, and the factors' again when
         it visits them.
         """
-        if name not in self.adapter_parameter_names:
+        if name not in LoRALinear.adapter_parameter_names:
             super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
@@ -209,6 +209,7 @@ def add_adapter(
     canonical_name: str = "",
     dtype: torch.dtype | None = None,
     factor_class: type[LoRAFactor] = LoRAFactor,
+    kind: type[LoRALinear] = LoRALinear,
 ) -> LoRALinear:
     """Turns `linear` into a `LoRALinear` in place; its parameters are not touched. The adapter is left unset.
 
@@ -218,9 +219,10 @@ def add_adapter(
         canonical_name: Its name on any host; `fqn` if left out.
         dtype: Dtype of the factors; fp32 if left out, or the weight's if that is wider.
         factor_class: What A and B are made of; a host may need more of them.
+        kind: What it becomes.
     """
     transposed = _is_conv1d(linear)
-    adapted = adapt(linear, LoRALinear, config, fqn=fqn, canonical_name=canonical_name)
+    adapted = adapt(linear, kind, config, fqn=fqn, canonical_name=canonical_name)
     if transposed:
         adapted.lora_transposed = True
         adapted.in_features, adapted.out_features = adapted.weight.shape

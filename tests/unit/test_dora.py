@@ -1,0 +1,205 @@
+"""DoRA against PEFT's own module: values, gradients, steps; merged; beside what it refuses."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from hf_models import tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from lora_converter import (
+    LoRAConfig,
+    adapter_parameters,
+    adapter_state_dict,
+    apply_lora,
+    disable_adapter,
+    load_adapter_state_dict,
+    merge_adapter,
+    merge_and_unload,
+    unload_adapter,
+    unmerge_adapter,
+)
+from lora_converter.adapted import adapted_modules
+from lora_converter.dora import DoRALinear
+from lora_converter.linear import LoRALinear
+
+TOKENS = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
+TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+
+
+def config(**options: object) -> LoRAConfig:
+    return LoRAConfig(**{"rank": 4, "alpha": 6.0, "target_modules": TARGETS, "use_dora": True, **options})
+
+
+def pair(**options: float) -> tuple[nn.Module, PeftModel]:
+    """One model, with our adapters and with PEFT's, of equal values that are not those of the start."""
+    ours, dropout = tiny_llama(), options.get("dropout", 0.0)
+    apply_lora(ours, config(**options))
+    theirs = get_peft_model(
+        tiny_llama(), LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, use_dora=True, lora_dropout=dropout)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in adapted_modules(ours):
+            twin = theirs.get_submodule(f"base_model.model.{module.lora_fqn}")
+            change = 0.3 * torch.randn(module.out_features, generator=generator)
+            for mine, its in (
+                (module.lora_a.weight, twin.lora_A.default.weight),
+                (module.lora_b.weight, twin.lora_B.default.weight),
+            ):
+                mine.normal_(std=0.1, generator=generator)
+                its.copy_(mine)
+            module.lora_magnitude_change.copy_(change)
+            its = twin.lora_magnitude_vector.default.weight
+            torch.testing.assert_close(its, module.row_norms(), rtol=1e-6, atol=0)  # where PEFT begins
+            its.add_(change)
+    return ours, theirs
+
+
+def loss_of(model: nn.Module) -> torch.Tensor:
+    return model(input_ids=TOKENS, labels=TOKENS).loss
+
+
+def gradients(ours: nn.Module, theirs: PeftModel) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    found = []
+    for module in adapted_modules(ours):
+        twin = theirs.get_submodule(f"base_model.model.{module.lora_fqn}")
+        its = (twin.lora_A.default.weight, twin.lora_B.default.weight, twin.lora_magnitude_vector.default.weight)
+        found += [(name, p, q) for (name, p), q in zip(module.adapter_parameters().items(), its, strict=True)]
+    return found
+
+
+def test_values_and_gradients_are_pefts() -> None:
+    ours, theirs = pair()
+    torch.testing.assert_close(ours(input_ids=TOKENS).logits, theirs(input_ids=TOKENS).logits, rtol=1e-5, atol=1e-5)
+    for model in (ours, theirs):
+        loss_of(model).backward()
+    for name, mine, its in gradients(ours, theirs):
+        assert mine.grad.any(), name
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-5, atol=1e-5 * float(its.grad.abs().max()), msg=name)
+
+
+def test_ten_steps_are_pefts() -> None:
+    ours, theirs = pair()
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+        own = []
+        for _ in range(10):
+            loss = loss_of(model)
+            own.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(own)
+    assert losses[0][-1] < losses[0][0] - 0.1
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-5, atol=0)
+
+
+def test_dropout_is_where_pefts_is() -> None:
+    ours, theirs = pair(dropout=0.3)
+    one = ours.model.layers[0].mlp.gate_proj
+    twin = theirs.get_submodule(f"base_model.model.{one.lora_fqn}")
+    x = torch.randn(5, one.in_features, generator=torch.Generator().manual_seed(0))
+    keep = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    one._mask = lambda *_: keep
+
+    class Dropped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * keep / 0.7
+
+    twin.lora_dropout["default"] = Dropped()
+    torch.testing.assert_close(one.train()(x), twin.train()(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(one.eval()(x), LoRALinear.forward(one, x))
+
+
+def test_it_begins_as_the_base_bit_for_bit() -> None:
+    model = tiny_llama()
+    expected = model(input_ids=TOKENS).logits
+    apply_lora(model, config())
+    assert torch.equal(model(input_ids=TOKENS).logits, expected)
+    loss_of(model).backward()
+    own = [module for module in adapted_modules(model) if isinstance(module, DoRALinear)]
+    assert len(own) == len(TARGETS) * len(model.model.layers)
+    assert all(module.lora_magnitude_change.grad.any() for module in own)
+
+
+def test_merged_it_is_what_peft_merges_and_comes_back_bit_for_bit() -> None:
+    ours, theirs = pair()
+    before, plain = ours(input_ids=TOKENS).logits, tiny_llama()
+    with disable_adapter(ours):
+        assert torch.equal(ours(input_ids=TOKENS).logits, plain(input_ids=TOKENS).logits)
+    merge_adapter(ours)
+    torch.testing.assert_close(ours(input_ids=TOKENS).logits, before, rtol=1e-5, atol=1e-5)
+    unmerge_adapter(ours)
+    assert torch.equal(ours(input_ids=TOKENS).logits, before)
+    merge_and_unload(ours)
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    assert merged.keys() == dict(ours.named_parameters()).keys()
+    for name, value in ours.named_parameters():
+        torch.testing.assert_close(value, merged[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_transposed_weight_and_a_bias() -> None:
+    linear, conv = nn.Linear(6, 8), Conv1D(8, 6)
+    with torch.no_grad():
+        conv.weight.copy_(linear.weight.t())
+        conv.bias.copy_(linear.bias.normal_())
+    x, outs = torch.randn(3, 6), []
+    for module in (linear, conv):
+        model = nn.Sequential(module)
+        apply_lora(model, config(target_modules=["0"]))
+        with torch.no_grad():
+            for number, param in enumerate(adapter_parameters(model).values()):
+                param.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+        outs.append(model(x))
+        merge_adapter(model)
+        torch.testing.assert_close(model(x), outs[-1])
+        unload_adapter(model)
+        assert type(model[0]) in (nn.Linear, Conv1D) and not any("lora" in name for name in vars(model[0]))
+    torch.testing.assert_close(*outs)
+
+
+def test_state_goes_out_and_in() -> None:
+    ours, _ = pair()
+    other = tiny_llama()
+    apply_lora(other, config())
+    load_adapter_state_dict(other, adapter_state_dict(ours))
+    assert torch.equal(other(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
+    assert torch.equal(copy.deepcopy(other)(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
+
+
+def test_a_linear_with_a_product_of_its_own_is_refused_and_nothing_changed() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * 2
+
+    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4))
+    with pytest.raises(ValueError, match=r"use_dora = true: 1 is a Own, which is packed or has a product of its own"):
+        apply_lora(model, config(target_modules=["all-linear"]))
+    assert not list(adapted_modules(model))
+
+
+class Counted(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_autocast_of_a_trainer_leaves_the_scale_in_fp32() -> None:
+    linear = nn.Sequential(nn.Linear(16, 8, bias=False))
+    apply_lora(linear, config(target_modules=["0"]))
+    x = torch.randn(4, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = linear(x)
+        linear[0].lora_magnitude_change.copy_(linear[0].row_norms())
+        assert torch.equal(linear(x), before * 2) and before.dtype is torch.bfloat16
