@@ -69,8 +69,8 @@ def apply_lora(
 
     Raises:
         ValueError: A pattern matches nothing, nothing is selected, a linear is named that is never called, experts are
-            to have dropout, `train_also` names what cannot train, or the model has adapters already. The model is then
-            as it was.
+            to have dropout or a magnitude, a linear has a product of its own and is to have a magnitude, `train_also`
+            names what cannot train, or the model has adapters already. The model is then as it was.
     """
     if any(True for _ in adapted_modules(model)):
         raise ValueError(
@@ -162,12 +162,17 @@ def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str
     """Name of an adapted module -> its own settings: the rank and alpha that the patterns give it.
 
     Raises:
-        ValueError: A pattern matches none of the names, or two disagree, or experts are to have dropout.
+        ValueError: A pattern matches none of the names, or two disagree, or experts are to have dropout or a magnitude.
     """
     if experts and config.dropout:
         raise ValueError(
             f"lora.dropout = {config.dropout}: adapters on routed experts have none, nor have PEFT's. Set it to 0, or "
             "take experts out of lora.target_modules."
+        )
+    if experts and config.use_dora:
+        raise ValueError(
+            "lora.use_dora = true: adapters on routed experts have no magnitude, and PEFT takes none on parameters. "
+            "Set it to false, or take experts out of lora.target_modules."
         )
     if config.expert_rank and not experts:
         logger.warning("LoRA: lora.expert_rank = %d has no effect: no experts are adapted.", config.expert_rank)

@@ -107,6 +107,8 @@ def combine(
     adapters = [load_peft(term.folder) for term in terms]
     for name, adapter in zip(names, adapters, strict=True):
         adapter.check_finite(name)
+        if adapter.magnitudes:
+            raise ValueError(f"{name} is a DoRA adapter (use_dora = true): no DoRA adapter is the sum of others.")
     fingerprint = _common_base(adapters, names, accept_other=accept_other_base)
     adapters = [_settled(adapter, name, base) for name, adapter in zip(names, adapters, strict=True)]
     adapters = _under_common_names(adapters, names)

@@ -48,6 +48,8 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, ba
         adapter = fit_experts(adapter, weights.shapes)
     parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
     size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
+    parameters += sum(own.numel() for own in adapter.magnitudes.values())
+    size += sum(own.nbytes for own in adapter.magnitudes.values())
     ranks = span(adapter.rank_of(module) for module in adapter.factors)
     alphas = span(adapter.alpha_of(module) for module in adapter.factors)
     scalings = span(adapter.scaling_of(module) for module in adapter.factors)
@@ -55,6 +57,7 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, ba
     linears, products = sorted_out(adapter)
     lines = [
         f"rank {ranks}, alpha {alphas}, scaling {scalings}{' (rsLoRA)' if adapter.use_rslora else ''}, "
+        f"{'DoRA, whose rows are scaled after the updates shown here, ' if adapter.magnitudes else ''}"
         f"dropout {adapter.dropout:g}",
         f"targets: {', '.join([*adapter.target_modules, *adapter.target_parameters])}",
         f"{count_modules(len(linears), products)}, {parameters:,} parameters, {size:,} bytes",

@@ -39,7 +39,7 @@ class LoRALinear(AdaptedModule):
     """
 
     adapter_kind = "linears"
-    adapter_parameter_names = ("lora_a.weight", "lora_b.weight")
+    adapter_parameter_names: ClassVar[tuple[str, ...]] = ("lora_a.weight", "lora_b.weight")
     zero_at_start = ("lora_b.weight",)
     peft_factors: ClassVar = {"weight": ("lora_a.weight", "lora_b.weight")}
 

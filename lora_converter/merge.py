@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lora_converter.files import appears_complete, read_json
 from lora_converter.hf.base_as import AsPacked, tell_of_packed
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
+from lora_converter.hf.magnitudes import row_scales
 from lora_converter.hf.merge_plan import MergePlan, Update, plan_merge
 from lora_converter.hf.peft_adapter import PeftAdapter, delta_factors
 from lora_converter.hf.peft_directory import load_peft
@@ -181,8 +182,17 @@ def _with_deltas(
     factor = peft.scaling_of(update.module)
     for matrix, *of_one in zip(*(tensor.view(-1, *tensor.shape[-2:]) for tensor in (weight, a, b)), strict=True):
         left, right = delta_factors(*of_one, transposed=update.transposed)
-        for rows, left_rows in zip(matrix.split(size), left.split(size), strict=True):
-            yield as_trained(rows), factor * (left_rows @ right)
+        some = list(zip(matrix.split(size), left.split(size), strict=True))
+        magnitude = peft.magnitudes.get(update.module)
+        if magnitude is None:
+            yield from ((as_trained(rows), factor * (left_rows @ right)) for rows, left_rows in some)
+            continue
+        sums = (as_trained(rows) + factor * (left_rows @ right) for rows, left_rows in some)
+        scale = row_scales(sums, magnitude, transposed=update.transposed)
+        scales = [scale] * len(some) if update.transposed else scale.split(size)
+        for (rows, left_rows), own in zip(some, scales, strict=True):
+            trained = as_trained(rows)
+            yield trained, own * (trained + factor * (left_rows @ right)) - trained
 
 
 def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:

@@ -10,11 +10,14 @@ directory holds and what is refused stands in `hf/peft_directory.py` and `hf/pef
 import math
 from collections import Counter
 
+import torch
 import torch.nn as nn
 
 from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacked_experts
+from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import linears_like_experts
+from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
@@ -64,6 +67,7 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     saved = {name: state[name] for name in trained_parameters(model)}
     saved |= {other: saved[name] for name, others in tied_to_trained(model).items() for other in others}
     as_parameters = linears_like_experts(names) if has_stacked_experts(model) else []
+    check_no_magnitudes_of_parameters(config.use_dora, as_parameters)
     return PeftAdapter(
         factors={fqn: (state[a], state[b]) for fqn, (a, b) in sorted(names.items())},
         rank=rank,
@@ -78,6 +82,7 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
         target_parameters=[f"{module}.weight" for module in as_parameters],
         base_weights=saved,
         modules_to_save=modules_of_keys(saved),
+        magnitudes={module.lora_fqn: module.magnitude() for module in adapted if isinstance(module, DoRALinear)},
     )
 
 
@@ -105,6 +110,10 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     a, b = LoRALinear.adapter_parameter_names
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
     state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
+    with_magnitude = {m.lora_fqn: m for m in adapted_modules(model) if isinstance(m, DoRALinear)}
+    for fqn, own in adapter.magnitudes.items():
+        norms = with_magnitude[fqn].row_norms() if fqn in with_magnitude else torch.zeros(())
+        state[f"{fqn}.{CHANGE}"] = own.to(norms.device, torch.float32) - norms
     load_adapter_state_dict(model, state | {n: w for n, w in adapter.base_weights.items() if n in trained})
 
 

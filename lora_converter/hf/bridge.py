@@ -19,6 +19,7 @@ from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
 from lora_converter.hf.expert_bridge import HostExperts, briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
+from lora_converter.hf.magnitudes import NO_VLLM, check_no_magnitudes_of_parameters
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
@@ -62,6 +63,7 @@ def to_peft(
     *,
     experts: ExpertShapes = MappingProxyType({}),
     alphas: Mapping[str, float] | None = None,
+    magnitudes: Mapping[str, torch.Tensor] = MappingProxyType({}),
     has_experts: bool = False,
     base_model: str = "",
     base_fingerprint: str = "",
@@ -77,6 +79,7 @@ def to_peft(
         config: The job's; each weight has a rank of its own.
         experts: The model's modules of routed experts, at least the adapted ones.
         alphas: Adapted weight -> alpha, where it is not the job's.
+        magnitudes: Adapted weight -> DoRA's magnitudes, (out_features).
         has_experts: The model has routed experts, see `linears_like_experts`.
         packed: The weights of the base that are packed, see `packed_base`.
 
@@ -85,6 +88,7 @@ def to_peft(
     """
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     own_alphas: dict[str, float] = {}
+    own_magnitudes: dict[str, torch.Tensor] = {}
     of_experts: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn, _, last = weight.rpartition(".")
@@ -98,8 +102,13 @@ def to_peft(
                 a if hf.columns is None else a[:, hf.columns],
                 b if hf.rows is None else b[hf.rows],
             )
+            if weight in magnitudes:
+                own_magnitudes[hf.name] = magnitudes[weight] if hf.rows is None else magnitudes[weight][hf.rows]
             own_alphas[hf.name] = (alphas or {}).get(weight, config.alpha)
     as_parameters = linears_like_experts(factors) if has_experts else []
+    check_no_magnitudes_of_parameters(config.use_dora, as_parameters)
+    if own_magnitudes:
+        logger.warning(NO_VLLM)
     if as_parameters and config.dropout:
         logger.warning(NO_DROPOUT, config.dropout)
     targets = _shortest_targets(factors.keys() - set(as_parameters), names_of_linears(adapter, linears))
@@ -128,6 +137,7 @@ def to_peft(
         target_parameters=parameters,
         base_weights=saved,
         modules_to_save=modules_of_keys(saved),
+        magnitudes=own_magnitudes,
     )
 
 
@@ -154,8 +164,8 @@ def from_peft(
     configs: Mapping[str, LoRAConfig],
     what: str,
     experts: Iterable[HostExperts] = (),
-) -> dict[str, torch.Tensor]:
-    """The inverse: full tensors in the host's names.
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The inverse: full tensors in the host's names, and DoRA's magnitudes by linear.
 
     Args:
         names: Of every adapted weight of the model.
@@ -167,6 +177,7 @@ def from_peft(
         ValueError: `what` lacks modules, has modules that are not adapted, or has another width; all are named.
     """
     state_dict: dict[str, torch.Tensor] = {}
+    magnitudes: dict[str, torch.Tensor] = {}
     misfit, used = Misfit(), set()
     for weight, (name_a, name_b) in sorted(names.items()):
         fqn = weight.removesuffix(".weight")
@@ -174,7 +185,7 @@ def from_peft(
             continue
         out_features, in_features = linears[fqn]
         rank, alpha = configs[weight].rank, configs[weight].alpha
-        a, b = torch.empty(rank, in_features), torch.empty(out_features, rank)
+        a, b, m = torch.empty(rank, in_features), torch.empty(out_features, rank), torch.empty(out_features)
         for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
             used.add(hf.name)
             if hf.name not in peft.factors:
@@ -189,7 +200,11 @@ def from_peft(
             if there == here and hf_a.shape[0] == rank:
                 a[:, slice(None) if hf.columns is None else hf.columns] = hf_a.float()
                 b[slice(None) if hf.rows is None else hf.rows] = hf_b.float()
+                if configs[weight].use_dora and hf.name in peft.magnitudes:
+                    m[slice(None) if hf.rows is None else hf.rows] = peft.magnitudes[hf.name].float()
         state_dict[name_a], state_dict[name_b] = a, b
+        if configs[weight].use_dora:
+            magnitudes[fqn] = m
     adapted = {weight.rpartition(".")[0] for weight in names}
     for module in experts:
         if module.fqn not in adapted:
@@ -201,7 +216,7 @@ def from_peft(
     misfit.unknown += [name for name in peft.factors.keys() - used if not is_padding(peft, name)]
     misfit.missing, misfit.unknown = briefly(misfit.missing), briefly(sorted({*misfit.unknown}))
     misfit.raise_if_any(f"{what} does not fit the model.", words=_WORDS, hint="Check lora.target_modules.")
-    return state_dict
+    return state_dict, magnitudes
 
 
 def names_of_linears(adapter: StateDictAdapter, linears: LinearShapes) -> list[str]:

@@ -53,6 +53,8 @@ class PeftAdapter:
     """
     modules_to_save: list[str] = field(default_factory=list)
     """Modules of which `base_weights` has what was trained, as PEFT matches them: ends of names."""
+    magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Module -> DoRA's magnitude of each row, (out_features), of all modules or of none."""
     peft_version: str = PEFT_VERSION
     """Whose rules tell which way round factors of stacked experts are; empty of a file that does not say."""
 
@@ -60,6 +62,12 @@ class PeftAdapter:
     def scaling(self) -> float:
         """Factor of B A of the modules that have the adapter's own rank and alpha."""
         return scaling(self.rank, self.alpha, self.use_rslora)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a job on this adapter has in `[lora]`, beside patterns and targets."""
+        use_dora = bool(self.magnitudes)
+        return {"rank": self.rank, "alpha": self.alpha, "use_rslora": self.use_rslora, "use_dora": use_dora}
 
     @property
     def matrices(self) -> int:
@@ -79,6 +87,7 @@ class PeftAdapter:
             self,
             factors={found.get(module, module): pair for module, pair in self.factors.items()},
             alphas={found.get(module, module): alpha for module, alpha in self.alphas.items()},
+            magnitudes={found.get(module, module): own for module, own in self.magnitudes.items()},
         )
 
     def rank_of(self, module: str) -> int:
@@ -112,8 +121,9 @@ class PeftAdapter:
             raise ValueError(f"{what}: the factors of {', '.join(broken)} hold nan or inf.")
 
     def not_finite(self) -> list[str]:
-        """The modules whose factors hold nan or inf."""
-        return [module for module, pair in self.factors.items() if not all(map(is_finite, pair))]
+        """The modules whose factors, or magnitudes, hold nan or inf."""
+        of_rows = {module: [own] for module, own in self.magnitudes.items()}
+        return [m for m, pair in self.factors.items() if not all(map(is_finite, [*pair, *of_rows.get(m, [])]))]
 
 
 def delta_factors(a: torch.Tensor, b: torch.Tensor, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,7 +173,7 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
         "r": adapter.rank,
         "target_modules": sorted(adapter.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": bool(adapter.magnitudes),
         "use_rslora": adapter.use_rslora,
     }
 

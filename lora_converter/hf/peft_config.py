@@ -98,6 +98,7 @@ FIELDS: dict[str, Field] = {
         lambda value: _is_number(value) and 0 <= value < 1,
     ),
     "use_rslora": _read("scaling by √r", "true or false", _is_bool),
+    "use_dora": _read("each module has a magnitude per row beside its factors (DoRA)", "true or false", _is_bool),
     "rank_pattern": _read(
         "ranks of single modules, by regular expressions of which the first that matches counts",
         "a table from expressions to integers of at least 1",
@@ -129,7 +130,6 @@ FIELDS: dict[str, Field] = {
     ),
     "bias": Field("refused", "biases were trained and are stored beside", "'none'", lambda value: value == "none"),
     "lora_bias": _refused("B has a bias"),
-    "use_dora": _refused("the update is normalised by a magnitude (DoRA)"),
     "modules_to_save": _read(
         "modules trained in full, by the ends of their names; their weights are stored beside",
         _A_NAME_LIST,

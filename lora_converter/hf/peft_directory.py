@@ -2,11 +2,11 @@
 
     adapter_config.json         r, lora_alpha, target_modules, ... (indent 2, sorted keys)
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, in), .lora_B.weight (out, r);
-                                of stacked experts see `stacked.py`
+                                of stacked experts see `stacked.py`; of DoRA .lora_magnitude_vector (out)
 
 A directory appears whole or not at all. PEFT's own loader drops keys that it does not know and leaves out those it
-misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do (DoRA,
-biases, pickled weights) is refused by name. Format: PEFT 0.21.
+misses; here every key, shape and setting is checked on the way in and out, and what this package cannot do
+(biases, pickled weights) is refused by name. Format: PEFT 0.21.
 """
 
 import json
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
 from lora_converter.hf.folder import FLOATS, read_header, write_tensors
+from lora_converter.hf.magnitudes import check_magnitudes
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import (
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 """Scripts that save a model's state dict themselves leave the adapter's name in, `default`."""
+
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 
 _PREFIX = "base_model.model."
 
@@ -81,6 +84,7 @@ def save_peft(
     if occupied and not (replace and is_peft_directory(folder)):
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
     _check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
+    check_magnitudes(adapter, str(folder), use_dora=bool(adapter.magnitudes))
     tensors = _FileTensors(adapter, dtype)
     if broken := [name for name in tensors if not is_finite(tensors[name]) and is_finite(tensors.original(name))]:
         raise ValueError(f"{folder}: {', '.join(broken)} would hold inf in {dtype}. Name a wider dtype, bfloat16 say.")
@@ -97,26 +101,28 @@ class _FileTensors(Mapping[str, torch.Tensor]):
     def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
         self._dtype, self._factors = dtype, adapter.factors
         saved = {k: w for k, w in adapter.base_weights.items() if is_saved(k, adapter.modules_to_save)}
-        self._saved = {f"{_PREFIX}{key}": weight for key, weight in saved.items()}
+        magnitudes = {f"{module}.lora_magnitude_vector": own for module, own in adapter.magnitudes.items()}
+        self._beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes | saved).items()}
         keys = sorted(keys_in_file(adapter.factors).items())
         self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
 
     def original(self, name: str) -> torch.Tensor:
         """A tensor of the adapter's, in its own dtype."""
-        if name in self._saved:
-            return self._saved[name]
+        if name in self._beside:
+            return self._beside[name]
         module, letter = self._places[name]
         return self._factors[module]["AB".index(letter)]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        original = self.original(name)
-        return (original if name in self._saved else in_file(original, self._places[name][1])).to(self._dtype)
+        if name in self._beside:
+            return self._beside[name].contiguous().to(self._dtype)
+        return in_file(self.original(name), self._places[name][1]).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self._places, *self._saved))
+        return iter((*self._places, *self._beside))
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._saved)
+        return len(self._places) + len(self._beside)
 
 
 def update_peft(adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -152,6 +158,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
     saved = as_list(config.get("modules_to_save"))
+    magnitudes = {match["module"]: tensors.pop(key) for key in list(tensors) if (match := _magnitude_in(key))}
     pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE, saved)
     rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))
     patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
@@ -175,12 +182,18 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         target_parameters=parameters,
         base_weights=base_weights,
         modules_to_save=saved,
+        magnitudes=magnitudes,
         peft_version=config.get("peft_version") or "",
     )
     _check_factors(adapter, ranks, str(folder))
+    check_magnitudes(adapter, str(folder), use_dora=bool(config.get("use_dora")))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
+
+
+def _magnitude_in(key: str) -> re.Match[str] | None:
+    return _MAGNITUDE.fullmatch(without_wrappers(key).removeprefix("module."))
 
 
 def _sorted_out(

@@ -14,6 +14,7 @@ import torch
 from lora_converter.adapted import check_peft_forms
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
+from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.fit import Misfit
 from lora_converter.hf.bridge import from_peft
 from lora_converter.hf.expert_bridge import host_experts
@@ -93,11 +94,11 @@ class PeftSource:
             was: PackedWeights = {peft.packed.form: ()} if peft.packed else {}
             check_same_format(self._path, was, forms, accept=model.host.job.config.accept_other_base)
         description = model.description
-        own = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}  # patterns: by `from_peft`
+        # Patterns: by `from_peft`.
         copies, trained = _copies_of_base(adapter, peft.base_weights, self._path), model.trained_names()
         # Of what the job trains beside, the directory may have less: that starts from the base.
         in_full = {*modules_of_keys(trained), *(trained_in(peft, adapter) if copies else ())}
-        there = replace(description, lora={**description.lora, **own, "train_also": sorted(in_full)})
+        there = replace(description, lora={**description.lora, **peft.settings, "train_also": sorted(in_full)})
         here = replace(description, lora={**description.lora, "train_also": modules_of_keys(trained)})
         check_same_run(self._path, there, here, there=adapted, here=adapted, experts=experts, base=model.base_names())
         self._copies = {name: value for name, value in copies.items() if name not in trained}
@@ -107,7 +108,9 @@ class PeftSource:
             misfit.compare(name, self._trained.get(name, param).shape, param.shape)
         together(lambda: misfit.raise_if_any(f"{self._path} does not fit the model.", words=_WORDS))
         of_weights = {weight: configs[weight.rpartition(".")[0]] for weight in names}
-        self._state_dict = from_peft(adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored)
+        self._state_dict, self._magnitudes = from_peft(
+            adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored
+        )
         self._base_fingerprint = peft.base_fingerprint
 
     def load(self) -> None:
@@ -115,6 +118,11 @@ class PeftSource:
         check_base_of_adapter(self._model, self._path, self._base_fingerprint)
         _check_copies(self._model, self._copies, self._path)
         logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
+        for module in self._model.adapted:
+            if isinstance(module, DoRALinear):
+                norms = module.row_norms()
+                change = self._magnitudes[module.lora_fqn].to(norms.device) - norms
+                self._state_dict[f"{module.lora_fqn}.{CHANGE}"] = change
         for name, param in self._model.adapters.state_dict().items():
             value = self._state_dict.get(name, self._trained.get(name))
             if value is not None:  # else of train_also, and the base's is there

@@ -35,8 +35,8 @@ MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE = PARTS = (
 )
 """What a step is made of. The model's entries have their own names, those of the others begin with the part's."""
 
-_MUST_AGREE = ("rank", "alpha", "use_rslora")
-"""Of [lora], beside the linears that it selects. Dropout may change during a run."""
+_MUST_AGREE = {"rank": None, "alpha": None, "use_rslora": None, "use_dora": False}
+"""Of [lora], beside the linears that it selects, with what a step means that does not say. Dropout may change."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Description:
             ("model.name", self.model, job.model),
             ("model.flavor", self.flavor, job.flavor),
         ]
-        pairs += [(f"lora.{name}", self.lora.get(name), job.lora[name]) for name in _MUST_AGREE]
+        pairs += [(f"lora.{name}", self.lora.get(name, unsaid), job.lora[name]) for name, unsaid in _MUST_AGREE.items()]
         found = [f"{option} is {value!r} there and {ours!r} here" for option, value, ours in pairs if value != ours]
         there, here = set(there), set(here)
         if not found:

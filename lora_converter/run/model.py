@@ -11,6 +11,7 @@ from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_param
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
+from lora_converter.dora import DoRALinear
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
@@ -167,6 +168,14 @@ class RunModel:
                 dist.recv(full, src=rank)
                 gathered[name] = _kept(full, dtype)
         return gathered
+
+    def gather_magnitudes(self) -> dict[str, torch.Tensor]:
+        """Adapted weight -> DoRA's magnitudes, (out_features), of all pipeline stages, on rank 0. A collective."""
+        if not self.host.job.config.use_dora:
+            return {}
+        own = {f"{m.lora_fqn}.weight": m.magnitude().cpu() for m in self.adapted if isinstance(m, DoRALinear)}
+        sends = all(mesh.get_local_rank() == 0 for name, mesh in self.host.meshes.items() if name != "pp")
+        return {name: value for part in gather_to_first(own if sends else {}) for name, value in part.items()}
 
 
 def _kept(full: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

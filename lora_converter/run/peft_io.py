@@ -75,8 +75,7 @@ def config_of_peft(
         ValueError: A setting is not at its default and differs from the directory's.
     """
     default, what = LoRAConfig(), config.initial_adapter_path
-    found = {"rank": peft.rank, "alpha": peft.alpha, "use_rslora": peft.use_rslora}
-    for name, value in found.items():
+    for name, value in peft.settings.items():
         if getattr(config, name) not in (getattr(default, name), value):
             raise ValueError(
                 f"lora.{name} = {getattr(config, name)!r}, but the adapter in {what} has {value!r}. "
@@ -91,7 +90,7 @@ def config_of_peft(
         )
     if not modules and not weights:
         raise ValueError(f"{what} adapts {', '.join(briefly(sorted(peft.factors)))}; the model has none of them.")
-    config = replace(config, rank=peft.rank, alpha=peft.alpha, use_rslora=peft.use_rslora)
+    config = replace(config, **peft.settings)
     if config.target_modules == default.target_modules and not config.exclude_modules:
         config = replace(config, target_modules=[*modules, *weights])
     every = [f"{module.fqn}.{weight}" for module in experts for weight in module.shapes]

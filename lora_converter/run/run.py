@@ -124,7 +124,7 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
-        tied = self.model.tied()
+        tied, magnitudes = self.model.tied(), self.model.gather_magnitudes()
         gathered = self.model.gather_adapters(self.job.export_dtype)
         gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
         if is_first_rank():
@@ -136,6 +136,7 @@ class Run:
                 self.config,
                 experts=experts,
                 alphas=alphas_of(names, configs),
+                magnitudes=magnitudes,
                 has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
                 base_fingerprint=self.model.base_fingerprint,

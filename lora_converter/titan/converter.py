@@ -13,13 +13,15 @@ from torchtitan.protocols import model_converter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
-from lora_converter.adapted import check_peft_forms
+from lora_converter.adapted import check_peft_forms, has_stacked_experts
 from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import LoRAExperts, expert_shapes
 from lora_converter.figures import percent, short
+from lora_converter.hf.bridge import linears_like_experts, names_of_linears
 from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.export_checks import check_exportable, check_mergeable
+from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.linear import linear_shapes
@@ -110,6 +112,9 @@ class LoRAConverter:
         linears, experts = linear_shapes(model), expert_shapes(model)
         trained = {name: tuple(param.shape) for name, param in trained_parameters(model).items()}
         check_exportable(adapter, linears, adapted, experts, trained)
+        if job.config.use_dora and adapter is not None and has_stacked_experts(model):
+            own = {fqn: linears[fqn] for fqn in adapted if fqn in linears}
+            check_no_magnitudes_of_parameters(True, linears_like_experts(names_of_linears(adapter, own)))
         if job.config.save_merged and adapter is not None and job.base is not None:
             base = job.base.path
             together(lambda: check_mergeable(adapter, linears, adapted, base, experts))

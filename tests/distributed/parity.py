@@ -111,6 +111,7 @@ PATTERNS = ("--lora.rank_pattern", "wq", "3", "layers.1.feed_forward.*", "6", "-
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
 EXPERTS_TOO = ("--lora.target_modules=all-linear,experts", "--lora.expert_rank=3")
 PACKED = ("--lora.base_format=nf4",)
+DORA = ("--lora.use_dora",)
 PACKED_EXPERTS = (*PACKED, *EXPERTS_TOO)
 EXPERTS_ALONE = ("--lora.target_modules=*.experts.w1,*.experts.w2",)
 IN_FULL = ("--lora.train_also=tok_embeddings,output,norm,layers.*.*_norm", "--lora.train_also_lr=1e-3")
@@ -221,6 +222,22 @@ VARIANTS = {
     "packed experts, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_wide", job=PACKED_EXPERTS),
     "packed experts without adapters, EP2": row(2, FSDP2, EP2, model="qwen3_wide", job=PACKED),
     "packed experts without adapters, TP2": row(2, TP2, model="qwen3_wide", job=PACKED),
+    "DoRA, FSDP2": row(2, FSDP2, job=DORA),
+    "DoRA, DDP2": row(2, DDP2, job=DORA),
+    "DoRA, TP2": row(2, TP2, job=DORA),
+    "DoRA, PP2": row(2, PP2, job=DORA),
+    "DoRA, CP2": row(2, CP2, job=DORA),
+    "DoRA, PP2 interleaved": row(2, PP2, INTERLEAVED, job=DORA),
+    "DoRA, HSDP 2x2": row(4, REPLICATE2, FSDP2, job=DORA),
+    "DoRA, TP2 x FSDP2": row(4, TP2, FSDP2, job=DORA),
+    "DoRA, CP2 x TP2": row(4, CP2, TP2, job=DORA),
+    "DoRA, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=DORA),
+    "DoRA, PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2, job=DORA),
+    "DoRA, MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3", job=DORA),
+    "DoRA, MoE, TP2": row(2, TP2, model="deepseek_v3", job=DORA),
+    "DoRA and full AC, TP2": row(2, TP2, FULL_AC, job=DORA),
+    "DoRA and dropout, TP2": row(2, TP2, job=(*DORA, *DROPOUT)),
+    "DoRA and the output head, TP2": row(2, TP2, model="qwen3", job=(*DORA, *HEAD_TOO)),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
     "experts and selective AC by op, TP2": row(2, TP2, OP_SAC, model="qwen3_loop", job=EXPERTS_TOO),
 }

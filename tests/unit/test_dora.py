@@ -1,13 +1,16 @@
 """DoRA against PEFT's own module: values, gradients, steps; merged; beside what it refuses."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from hf_models import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_converter import (
@@ -25,6 +28,8 @@ from lora_converter import (
 from lora_converter.adapted import adapted_modules
 from lora_converter.dora import DoRALinear
 from lora_converter.linear import LoRALinear
+from lora_converter.merge import merge_directories
+from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, from_model, into_model, load_peft, save_peft
 
 TOKENS = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -183,18 +188,6 @@ def test_a_linear_with_a_product_of_its_own_is_refused_and_nothing_changed() -> 
     assert not list(adapted_modules(model))
 
 
-class Counted(TorchDispatchMode):
-    """The operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_the_autocast_of_a_trainer_leaves_the_scale_in_fp32() -> None:
     linear = nn.Sequential(nn.Linear(16, 8, bias=False))
     apply_lora(linear, config(target_modules=["0"]))
@@ -203,3 +196,74 @@ def test_the_autocast_of_a_trainer_leaves_the_scale_in_fp32() -> None:
         before = linear(x)
         linear[0].lora_magnitude_change.copy_(linear[0].row_norms())
         assert torch.equal(linear(x), before * 2) and before.dtype is torch.bfloat16
+
+
+def test_files_go_both_ways_through_peft(tmp_path: Path) -> None:
+    ours, theirs = pair()
+    save_peft(from_model(ours), tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    mine, its = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("ours", "theirs"))
+    assert mine.keys() == its.keys() and any(key.endswith(".lora_magnitude_vector") for key in its)
+    for name, value in its.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-6, atol=1e-7)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "ours")
+    expected = ours(input_ids=TOKENS).logits
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+    again = tiny_llama()
+    apply_lora(again, config())
+    into_model(load_peft(tmp_path / "theirs"), again)
+    torch.testing.assert_close(again(input_ids=TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
+    plain = tiny_llama()
+    apply_lora(plain, config(use_dora=False))
+    with pytest.raises(ValueError, match=r"lora_magnitude_change"):
+        into_model(load_peft(tmp_path / "theirs"), plain)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [2**24, 1000])
+def test_folders_merge_to_what_peft_merges(rows_at_a_time: int, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lora_converter.merge._ELEMENTS_AT_A_TIME", rows_at_a_time)
+    _, theirs = pair()
+    tiny_llama().save_pretrained(tmp_path / "base")
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_transposed_weights_merge_to_what_peft_merges(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lora_converter.merge._ELEMENTS_AT_A_TIME", 1000)
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
+    base.save_pretrained(tmp_path / "base")
+    settings = LoraConfig(r=3, use_dora=True, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    theirs = get_peft_model(base, settings)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                param.add_(0.1 * torch.randn_like(param))
+    theirs.save_pretrained(tmp_path / "adapter")
+    merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").state_dict()
+    for name, value in theirs.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_magnitudes_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    ours, _ = pair()
+    save_peft(from_model(ours), tmp_path / "it")
+    path = tmp_path / "it" / WEIGHTS_FILE
+    module = "model.layers.0.mlp.down_proj"
+    tensors, key = load_file(path), f"base_model.model.{module}.lora_magnitude_vector"
+
+    def refused(**changed: torch.Tensor | None) -> str:
+        save_file({n: v for n, v in {**tensors, **changed}.items() if v is not None}, path)
+        with pytest.raises(ValueError) as caught:
+            load_peft(tmp_path / "it")
+        return str(caught.value)
+
+    assert f"use_dora = true, and {module} have no lora_magnitude_vector" in refused(**{key: None})
+    assert f"{module} is (3,), must be (64,)" in refused(**{key: torch.ones(3)})
+    said = json.loads((tmp_path / "it" / CONFIG_FILE).read_text())
+    (tmp_path / "it" / CONFIG_FILE).write_text(json.dumps({**said, "use_dora": False}))
+    assert "use_dora = false, and model.layers.0.mlp.down_proj, " in refused()

@@ -158,8 +158,8 @@ def refused(folder: Path) -> str:
         ({"lora_alpha": 10**400}, f"lora_alpha = {10**400}; it must be a finite number above 0."),
         (
             {"use_dora": True},
-            "use_dora = True is not supported; it must be null, false or empty (the update is normalised by a "
-            "magnitude (DoRA)).",
+            "use_dora = true, and model.layers.0.mlp.up_proj, model.layers.0.self_attn.k_proj, "
+            "model.layers.0.self_attn.q_proj have no lora_magnitude_vector.",
         ),
         (
             {"bias": "all"},

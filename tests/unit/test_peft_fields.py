@@ -63,7 +63,6 @@ def test_what_peft_writes_by_default_is_read(folder: Path) -> None:
 ON: dict[str, Any] = {
     "bias": "all",
     "lora_bias": True,
-    "use_dora": True,
     "ensure_weight_tying": True,
     "trainable_token_indices": [1],
     "use_qalora": True,
@@ -128,7 +127,7 @@ def test_a_field_that_nobody_knows_must_be_off(value: Any, read: bool, folder: P
         ({"target_modules": [1]}, "target_modules = [1]; it must be a string or a list of strings."),
         ({"alpha_pattern": {"q": True}}, "alpha_pattern = {'q': True}; it must be a table from expressions to numbers"),
         ({"rank_pattern": ["q"]}, "rank_pattern = ['q']; it must be a table from expressions to integers"),
-        ({"use_dora": "false"}, "use_dora = 'false' is not supported; it must be null, false or empty"),
+        ({"use_dora": "false"}, "use_dora = 'false'; it must be true or false."),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is no regular expression"),
     ],
 )

@@ -1,0 +1,66 @@
+"""DoRA's magnitudes in an adapter from a file or for one: whether they fit, and what they make of a weight's rows."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lora_converter.hf.peft_adapter import PeftAdapter
+
+Tensor = torch.Tensor
+
+NO_VLLM = (
+    "LoRA: the directory has use_dora = true, which PEFT and transformers load and vLLM refuses. For vLLM merge it: "
+    "`lora-converter merge`, or lora.save_merged."
+)
+
+
+def check_magnitudes(adapter: PeftAdapter, what: str, *, use_dora: bool) -> None:
+    """Refuses magnitudes that are not one for each row of each module.
+
+    Args:
+        what: What is read or written, for messages.
+        use_dora: What its settings say.
+
+    Raises:
+        ValueError: Some do not fit; all are named.
+    """
+    there, wanted = adapter.magnitudes.keys(), adapter.factors.keys() if use_dora else set()
+    if adapter.target_parameters and use_dora:
+        raise ValueError(
+            f"{what}: use_dora = true with target_parameters: PEFT has no magnitudes of parameters, so such "
+            "an adapter can be neither read nor written."
+        )
+    if missing := sorted(wanted - there):
+        raise ValueError(f"{what}: use_dora = true, and {', '.join(missing)} have no lora_magnitude_vector.")
+    if unknown := sorted(there - wanted):
+        raise ValueError(f"{what}: use_dora = {str(use_dora).lower()}, and {', '.join(unknown)} have a magnitude.")
+    rows = {module: (b.shape[-2],) if b.ndim == 2 else () for module, (_, b) in adapter.factors.items()}
+    if wrong := [m for m, own in adapter.magnitudes.items() if own.shape != rows[m] or not own.is_floating_point()]:
+        shapes = ", ".join(f"{m} is {tuple(adapter.magnitudes[m].shape)}, must be {rows[m]}" for m in wrong)
+        raise ValueError(f"{what}: lora_magnitude_vector of {shapes}.")
+
+
+def check_no_magnitudes_of_parameters(use_dora: bool, as_parameters: Iterable[str]) -> None:
+    """Refuses DoRA on linears that PEFT's format names by their weights: PEFT has no magnitudes of parameters.
+
+    Raises:
+        ValueError: There are such; all are named.
+    """
+    if use_dora and (names := list(as_parameters)):
+        raise ValueError(
+            f"lora.use_dora = true: {', '.join(names)} stand beside routed experts and go to PEFT by "
+            "target_parameters, of which it takes no DoRA. Name them in lora.exclude_modules, or set use_dora = false."
+        )
+
+
+def row_scales(pieces: Iterator[Tensor], magnitude: Tensor, *, transposed: bool) -> Tensor:
+    """m / ‖W + s B A‖ per output row, fp32: (out_features, 1), or (out_features) where that is the weight's last dim.
+
+    Args:
+        pieces: W + s B A, fp32, some of the weight's first dim at a time.
+        transposed: The weight is (in_features, out_features).
+    """
+    squares = [piece.square().sum(0 if transposed else 1) for piece in pieces]
+    total = torch.stack(squares).sum(0) if transposed else torch.cat(squares)
+    scale = magnitude.float() / total.sqrt()
+    return scale if transposed else scale.unsqueeze(1)
