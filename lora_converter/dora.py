@@ -71,7 +71,7 @@ class DoRALinear(LoRALinear):
         left = F.dropout(x, p) if isinstance(x, DTensor) else kept(x, self._mask(x, shards)) / (1 - p)
         update = low_rank_update(left, a, b, scaling=self.lora_config.scaling)
         base, own = F.linear(x, weight, bias), F.linear(left, weight)
-        return base + scaled(own, scale - 1, None) + scaled(update.to(own.dtype), scale, None)
+        return base + own * (scale - 1).to(own.dtype) + scaled(update.to(own.dtype), scale, None)
 
     @torch.no_grad()
     def reset_adapter(self, seed: int) -> None:
@@ -147,7 +147,7 @@ def check_takes_magnitude(fqn: str, linear: nn.Module) -> None:
 def row_scales(
     weight: Tensor, a: Tensor, b: Tensor, change: Tensor, *, scaling: float, shards: DeviceMesh | None = None
 ) -> Tensor:
-    """c = (‖W‖ + change) / ‖W + s B A‖ per row, (out_features), fp32; with a derivative for `change` alone.
+    """c = (‖W‖ + change) / ‖W + s B A‖ per row, (out_features), at least fp32; with a derivative for `change` alone.
 
     Args:
         weight: (out_features, in_features).
@@ -155,15 +155,16 @@ def row_scales(
         b: (out_features, rank).
         shards: The mesh over which in_features are sharded, if they are.
     """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-        left, a, b = _times(weight, a.to(weight.dtype)).float(), a.float(), b.float()
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+        left, a, b = _times(weight, a.to(weight.dtype)).to(dtype), a.to(dtype), b.to(dtype)
         mixed = left.mul_(2 * scaling).add_(_times(b, _times(a, a)), alpha=scaling * scaling)
         both = torch.stack([squares, squares + (mixed * b).sum(1)])
         if shards is not None:
             both = funcol.all_reduce(both, "sum", shards)
         base, now = both.sqrt().unbind()
-    return (base + change.float()) / now
+    return (base + change.to(dtype)) / now
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:
@@ -172,11 +173,11 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def scaled(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """z ∘ scale + bias, in z's dtype; the factor is not rounded to it.
+    """z ∘ scale + bias, in z's dtype.
 
     Args:
         z: (..., out_features).
-        scale: (out_features), fp32.
+        scale: (out_features), at least fp32.
     """
     if isinstance(z, DTensor) or torch.compiler.is_compiling():
         out = (z * scale).to(z.dtype)
@@ -186,21 +187,19 @@ def scaled(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Scaled(torch.autograd.Function):
-    """z ∘ scale without a copy of z in fp32."""
+    """z ∘ scale as z + z ∘ (scale − 1): rounded to z's dtype is what is small, and there is no copy of z in fp32."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(z, scale)
-        return _product(z, scale)
+        shift = (scale - 1).to(z.dtype)
+        ctx.save_for_backward(z, shift)
+        ctx.dtype = scale.dtype
+        return torch.addcmul(z, z, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        z, scale = ctx.saved_tensors
-        dz = _product(dy, scale) if ctx.needs_input_grad[0] else None
-        dscale = rows_of(dy * z).sum(0, dtype=scale.dtype) if ctx.needs_input_grad[1] else None
+        z, shift = ctx.saved_tensors
+        dz = torch.addcmul(dy, dy, shift) if ctx.needs_input_grad[0] else None
+        dscale = rows_of(dy * z).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
         return dz, dscale
-
-
-def _product(z: Tensor, scale: Tensor) -> Tensor:
-    return torch.mul(z, scale, out=torch.empty_like(z))

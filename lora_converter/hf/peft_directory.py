@@ -186,7 +186,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         peft_version=config.get("peft_version") or "",
     )
     _check_factors(adapter, ranks, str(folder))
-    check_magnitudes(adapter, str(folder), use_dora=bool(config.get("use_dora")))
+    check_magnitudes(adapter, str(folder / CONFIG_FILE), use_dora=bool(config.get("use_dora")))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter

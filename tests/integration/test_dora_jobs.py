@@ -83,12 +83,16 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(hf_base: Path, tmp_path
 
 
 def test_what_peft_has_no_form_for_is_refused_before_the_training(tmp_path: Path) -> None:
-    base, results = save_hf("deepseek_v3", tmp_path / "base"), ["--checkpoint.last_save_in_hf"]
-    job = [*HF_MODELS["deepseek_v3"].options, *options(base), "--lora.use_dora", "--checkpoint.last_save_model_only"]
-    with pytest.raises(ValueError, match=r"lora.use_dora = true: .* stand beside routed experts"):
-        build(tmp_path / "run", *job, *results)
+    base = save_hf("qwen3_moe", tmp_path / "base")
+    job = [*HF_MODELS["qwen3_moe"].options, *options(base), "--lora.use_dora", "--checkpoint.last_save_model_only"]
     with pytest.raises(ValueError, match=r"lora.use_dora = true: adapters on routed experts have no magnitude"):
         build(tmp_path / "run", *job, "--lora.target_modules=all-linear,experts")
+    base = save_hf("deepseek_v3", tmp_path / "dense")
+    job = [*HF_MODELS["deepseek_v3"].options, *options(base), "--lora.use_dora", "--checkpoint.last_save_model_only"]
+    with pytest.raises(ValueError, match=r"use_dora = true: .*mlp.* stand beside routed experts.*exclude_modules"):
+        build(tmp_path / "run", *job, "--lora.target_modules=all-linear", "--checkpoint.last_save_in_hf")
+    excluded = ["--lora.exclude_modules=*.feed_forward.*,*.shared_experts.*", "--checkpoint.last_save_in_hf"]
+    build(tmp_path / "run", *job, "--lora.target_modules=all-linear", *excluded).trainer.close()
 
 
 def test_a_packed_base_is_refused(hf_base: Path, tmp_path: Path) -> None:

@@ -156,13 +156,14 @@ def _options(shape: Base, tied: bool, rng: random.Random, found: Specimen) -> di
         if options["target_modules"] is targets and "resized vocabulary" not in found.traits:
             sometimes(0.1, "changed base", ["init_lora_weights"], init_lora_weights=rng.choice(CHANGED_BASE_INITS))
         if "changed base" not in found.traits:
-            sometimes(0.08, "DoRA", ["use_dora"], use_dora=True, init_lora_weights=True)
+            sometimes(0.08, "DoRA", use_dora=True, init_lora_weights=True)
     sometimes(0.08, "bias", ["bias"], bias="lora_only")
     sometimes(0.05, "lora_bias", ["lora_bias"], lora_bias=True, init_lora_weights=True)
     sometimes(0.06, "modules_to_save", modules_to_save=["norm" if not shape.transposed else "ln_f"])
     sometimes(0.06, "trainable tokens", ["trainable_token_indices"], trainable_token_indices=[1, 2])
-    if found.refusable.count("use_dora") and found.refusable.count("lora_bias"):
+    if "DoRA" in found.traits and "lora_bias" in found.refusable:
         options.pop("lora_bias")
+        found.refusable.remove("lora_bias")
     return options
 
 
@@ -273,7 +274,7 @@ def give_adapter(model: PreTrainedModel, adapter: PeftAdapter) -> None:
     config = LoRAConfig(
         rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.use_rslora, target_modules=list(adapter.factors),
         rank_pattern={m: adapter.rank_of(m) for m in adapter.factors if adapter.rank_of(m) != adapter.rank},
-        alpha_pattern=dict(adapter.alphas),
+        alpha_pattern=dict(adapter.alphas), use_dora=bool(adapter.magnitudes),
         train_also=modules_of_keys(key for key in adapter.base_weights if is_saved(key, adapter.modules_to_save)),
     )  # fmt: skip
     assert adapter.factors.keys() <= ours.keys()

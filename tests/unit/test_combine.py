@@ -117,8 +117,10 @@ def test_adapters_of_different_bases_are_refused_unless_that_is_accepted(tmp_pat
 
 def test_what_does_not_add_up_is_refused_by_name(tmp_path: Path) -> None:
     a, output = saved(tmp_path / "a", an_adapter(0)), tmp_path / "sum"
-    dora = saved(tmp_path / "dora", an_adapter(1), use_dora=True)
-    assert "use_dora = True is not supported" in refusal(Term(a), Term(dora), output=output)
+    other = an_adapter(1)
+    with_magnitudes = replace(other, magnitudes={m: b.norm(dim=1) for m, (_, b) in other.factors.items()})
+    dora = saved(tmp_path / "dora", with_magnitudes)
+    assert f"{dora} is a DoRA adapter (use_dora = true)" in refusal(Term(a), Term(dora), output=output)
     wide = an_adapter(1)
     wide.factors[Q] = (torch.ones(2, 7), torch.ones(8, 2))
     says = f"of different models: {Q} is (8, 6) and (8, 7)"
