@@ -1,9 +1,13 @@
 """DoRA's magnitudes in an adapter from a file or for one: whether they fit, and what they make of a weight's rows."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
+from lora_converter.hf.folder import open_model
 from lora_converter.hf.peft_adapter import PeftAdapter
 
 Tensor = torch.Tensor
@@ -51,6 +55,31 @@ def check_no_magnitudes_of_parameters(use_dora: bool, as_parameters: Iterable[st
             f"lora.use_dora = true: {', '.join(names)} stand beside routed experts and go to PEFT by "
             "target_parameters, of which it takes no DoRA. Name them in lora.exclude_modules, or set use_dora = false."
         )
+
+
+def with_norms_of(adapter: PeftAdapter, base: str, what: str) -> PeftAdapter:
+    """An adapter whose magnitudes are what was added to the norms of the base's rows, with those.
+
+    Args:
+        base: Hugging Face folder.
+        what: What holds the adapter, for messages.
+
+    Raises:
+        ValueError: There is no such folder, or it lacks a weight.
+    """
+    if not adapter.magnitudes:
+        return adapter
+    refused = f"{what} holds what was added to the norms of the base's rows (DoRA), and {base!r} "
+    if not Path(base).is_dir():
+        raise ValueError(f"{refused}is no folder. Name the Hugging Face folder of the base with --base.")
+    weights, magnitudes = open_model(base).weights, {}
+    for module, change in adapter.magnitudes.items():
+        key = f"{module}.weight"
+        if key not in weights or weights[key][1].shape[:1] != list(change.shape):
+            raise ValueError(f"{refused}has no {key} of {len(change)} rows. Name the base of the run with --base.")
+        with safe_open(weights[key][0], framework="pt") as file:
+            magnitudes[module] = file.get_tensor(key).float().norm(dim=1) + change.float()
+    return replace(adapter, magnitudes=magnitudes)
 
 
 def row_scales(pieces: Iterator[Tensor], magnitude: Tensor, *, transposed: bool) -> Tensor:

@@ -12,12 +12,14 @@ from lora_converter.adapters import apply_lora
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dcp.reader import read_metadata
+from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.experts import expert_shapes, experts_of
 from lora_converter.files import digest
 from lora_converter.fit import Misfit
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import LinearShapes, names_of_linears, to_peft
 from lora_converter.hf.expert_bridge import HostExperts, briefly, fitted_to, settings_of
+from lora_converter.hf.magnitudes import with_norms_of
 from lora_converter.hf.naming import StateDictAdapter, hf_name
 from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
@@ -146,7 +148,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
 
     Args:
         models: The host's.
-        base: For `base_model_name_or_path`; the run's own base if left out.
+        base: For `base_model_name_or_path`, and the norms of DoRA; the run's own base if left out.
         custom_import: Module that registers the model with the host; the run's own if left out.
 
     Raises:
@@ -161,7 +163,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     stored = metadata.state_dict_metadata
-    kinds: list[type[AdaptedModule]] = [LoRALinear, *set(classes.values())]
+    kinds: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, *set(classes.values())]
     linears, experts = linear_shapes(model), expert_shapes(model, classes)
     _, foreign = adapters_in(metadata, kinds, model.state_dict())
     if foreign:
@@ -186,7 +188,10 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     state_dict = {name: torch.empty(param.shape) for name, param in params.items()}
     load_dcp(state_dict, path, metadata, no_dist=True)
     state_dict |= {other: state_dict[n] for n, others in tied_to_trained(model).items() for other in others}
-    return to_peft(
+    changes = {
+        f"{m.lora_fqn}.weight": state_dict.pop(f"{m.lora_fqn}.{CHANGE}") for m in adapted if isinstance(m, DoRALinear)
+    }
+    peft = to_peft(
         adapter,
         state_dict,
         {weight: names for linear in adapted for weight, names in linear.peft_names().items()},
@@ -194,8 +199,10 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         config,
         experts=experts,
         alphas={weight: linear.lora_config.alpha for linear in adapted for weight in linear.peft_names()},
+        magnitudes=changes,
         has_experts=has_stacked_experts(model),
         base_model=base or described.base,
         base_fingerprint=described.base_fingerprint,
         packed=packed_base(adapter, {name: (form, shapes[name]) for name, form in packed.items()}),
     )
+    return with_norms_of(peft, base or described.base, f"{path}")

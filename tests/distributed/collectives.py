@@ -79,6 +79,22 @@ def same_collectives(folder: Path, model: str) -> Any:
     return {f"{name} {size}": count for (name, size), count in with_adapters.counts.items()}
 
 
+def dora_adds_one_small_reduction(folder: Path) -> Any:
+    """For each row-wise linear, of two numbers per output row; a column-wise one has its norms on its own rank."""
+    options = [*base_options("llama3", folder.parent.parent), *TP2]
+    counts = {}
+    for name, more in (("plain", ()), ("dora", ("--lora.use_dora",))):
+        with trainer(folder / name, *options, *more) as run:
+            fill_b(run)
+            counts[name] = forward_and_backward(run).counts
+            layers = run.trainer.model_parts[0].layers.values()
+            rows = Counter(layer.attention.wo.out_features for layer in layers)
+            rows += Counter(layer.feed_forward.w2.out_features for layer in layers)
+    added = {("all_reduce", 2 * size): count for size, count in rows.items()}
+    assert counts["dora"] - counts["plain"] == added and not counts["plain"] - counts["dora"], counts
+    return {f"{name} {size}": count for (name, size), count in added.items()}
+
+
 def only_adapter_gradients_are_reduced(folder: Path) -> Any:
     """FSDP2 reduces as many elements as the adapters have, and gathers as often as without adapters."""
     options = [*base_options("llama3", folder.parent.parent), *FSDP2]
@@ -172,7 +188,8 @@ def dropout_masks_are_shared_by_tensor_parallel_ranks_alone(folder: Path) -> Any
 def merging_keeps_the_output_and_unmerging_gives_the_base_back(folder: Path) -> Any:
     """On sharded weights: the merged model's logits, then every base weight bit for bit."""
     tokens = torch.randint(0, 64, (4, 64), generator=torch.Generator().manual_seed(0))
-    for name, layout in (("tp", TP2), ("fsdp", FSDP2)):
+    dora = ["--lora.use_dora"]
+    for name, layout in (("tp", TP2), ("fsdp", FSDP2), ("dora-tp", [*TP2, *dora]), ("dora-fsdp", [*FSDP2, *dora])):
         with trainer(folder / name, *base_options("llama3", folder.parent.parent), *layout) as run, torch.no_grad():
             fill_b(run)
             model = run.trainer.model_parts[0]
@@ -203,10 +220,10 @@ class Mlp(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def adapted_mlp() -> Mlp:
+def adapted_mlp(*, use_dora: bool) -> Mlp:
     torch.manual_seed(0)
     model = Mlp()
-    apply_lora(model, LoRAConfig(rank=3))
+    apply_lora(model, LoRAConfig(rank=3, use_dora=use_dora))
     with torch.no_grad():
         for param in adapter_parameters(model).values():
             param.normal_()
@@ -219,16 +236,17 @@ def a_plain_model_with_biases_and_uneven_shards(folder: Path) -> Any:
         with mock.patch.object(order, "order_of", lambda device, dtype, wanted=wanted: wanted):
             two_ranks_are_one(sequence_parallel=False)
             two_ranks_are_one(sequence_parallel=True)
+            two_ranks_are_one(sequence_parallel=True, use_dora=True)
 
 
-def two_ranks_are_one(*, sequence_parallel: bool) -> None:
+def two_ranks_are_one(*, sequence_parallel: bool, use_dora: bool = False) -> None:
     x = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
     between = Shard(0) if sequence_parallel else Replicate()
     plan = {
         "up": ColwiseParallel(input_layouts=between, use_local_output=False),
         "down": RowwiseParallel(output_layouts=between, use_local_output=False),
     }
-    one, two, mesh = adapted_mlp(), adapted_mlp(), init_device_mesh("cpu", (2,))
+    one, two, mesh = adapted_mlp(use_dora=use_dora), adapted_mlp(use_dora=use_dora), init_device_mesh("cpu", (2,))
     parallelize_module(two, mesh, plan)
     mark_partial_gradients(two)
     results = []
@@ -249,6 +267,7 @@ def two_ranks_are_one(*, sequence_parallel: bool) -> None:
 CHECKS = {
     "llama3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "llama3"),
     "qwen3: the collectives of a TP model are those without adapters": lambda f: same_collectives(f, "qwen3"),
+    "DoRA adds one small reduction to a row-wise linear": dora_adds_one_small_reduction,
     "FSDP2 reduces the adapters' gradients alone": only_adapter_gradients_are_reduced,
     "a loss in chunks gathers the head once": a_loss_in_chunks_gathers_the_head_once,
     "FSDP2 stores frozen weights in bf16": frozen_weights_are_stored_in_the_compute_dtype,

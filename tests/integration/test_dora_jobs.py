@@ -5,11 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Run, adapter_state, build, finish, train
-from hf_models import HF_MODELS, save_hf, tiny_llama
+from hf_models import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_converter.cli import main
 from lora_converter.hf.magnitudes import NO_VLLM
+from lora_converter.hf.peft_config import WEIGHTS_FILE
 
 TOKENS = torch.randint(0, 320, (2, 64), generator=torch.Generator().manual_seed(0))
 
@@ -82,19 +85,17 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(hf_base: Path, tmp_path
     run.trainer.close()
 
 
-def test_what_peft_has_no_form_for_is_refused_before_the_training(tmp_path: Path) -> None:
-    base = save_hf("qwen3_moe", tmp_path / "base")
-    job = [*HF_MODELS["qwen3_moe"].options, *options(base), "--lora.use_dora", "--checkpoint.last_save_model_only"]
-    with pytest.raises(ValueError, match=r"lora.use_dora = true: adapters on routed experts have no magnitude"):
-        build(tmp_path / "run", *job, "--lora.target_modules=all-linear,experts")
-    base = save_hf("deepseek_v3", tmp_path / "dense")
-    job = [*HF_MODELS["deepseek_v3"].options, *options(base), "--lora.use_dora", "--checkpoint.last_save_model_only"]
-    with pytest.raises(ValueError, match=r"use_dora = true: .*mlp.* stand beside routed experts.*exclude_modules"):
-        build(tmp_path / "run", *job, "--lora.target_modules=all-linear", "--checkpoint.last_save_in_hf")
-    excluded = ["--lora.exclude_modules=*.feed_forward.*,*.shared_experts.*", "--checkpoint.last_save_in_hf"]
-    build(tmp_path / "run", *job, "--lora.target_modules=all-linear", *excluded).trainer.close()
-
-
-def test_a_packed_base_is_refused(hf_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora.use_dora = true: .* is packed or has a product of its own"):
-        build(tmp_path / "run", *options(hf_base), "--lora.use_dora", "--lora.base_format=nf4")
+def test_a_step_becomes_a_directory_beside_its_base_alone(hf_base: Path, tmp_path: Path) -> None:
+    results = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--checkpoint.interval=2"]
+    job = [*options(hf_base), "--lora.use_dora", "--optimizer.lr=0.02"]
+    run = train(tmp_path / "run", *job, *results, "--training.steps=3")
+    steps = train(tmp_path / "steps", *job, "--training.steps=3", "--checkpoint.no-last_save_model_only")
+    assert run.losses == steps.losses
+    step = tmp_path / "steps" / "checkpoint" / "step-3"
+    assert main(["export", "--checkpoint", str(step), "--output", str(tmp_path / "adapter")]) == 0
+    mine, its = (
+        load_file(f / WEIGHTS_FILE) for f in (tmp_path / "adapter", tmp_path / "run" / "checkpoint" / "step-3")
+    )
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(value, its[name]) for name, value in mine.items() if "magnitude" not in name)
+    assert all(torch.allclose(value, its[name], rtol=1e-6) for name, value in mine.items())
