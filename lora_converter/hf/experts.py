@@ -34,7 +34,7 @@ def fit_experts(peft: PeftAdapter, stored: Mapping[str, Sequence[int]], *, model
 
     Raises:
         ValueError: Factors do not fit the weights, or an expert of a stack is missing, or experts of a stack have
-            several ranks or scalings; all layers are named.
+            several ranks or scalings, or an expert has a magnitude; all layers are named.
     """
     layers = {_plain(name): layer for name, layer in stored_experts(stored, layout_of(model_type)).items()}
     owners = {module: _owner(module, pair) for module, pair in peft.factors.items()}
@@ -55,6 +55,8 @@ def fit_experts(peft: PeftAdapter, stored: Mapping[str, Sequence[int]], *, model
                 factors[module], alphas[module] = pair, alpha
         except ValueError as e:
             problems.append(f"{layers[owner].name}: {e}")
+    if with_magnitude := sorted(peft.magnitudes.keys() - factors.keys()):
+        problems.append(f"{', '.join(with_magnitude)}: an expert has no magnitude (DoRA)")
     if problems:
         raise ValueError("; ".join(problems))
     return replace(

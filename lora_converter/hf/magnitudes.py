@@ -1,5 +1,6 @@
 """DoRA's magnitudes in an adapter from a file or for one: whether they fit, and what they make of a weight's rows."""
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,27 @@ from safetensors import safe_open
 
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.names import without_wrappers
 
 Tensor = torch.Tensor
+
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 
 NO_VLLM = (
     "LoRA: the directory has use_dora = true, which PEFT and transformers load and vLLM refuses. For vLLM merge it: "
     "`lora-converter merge`, or lora.save_merged."
 )
+
+
+def magnitudes_in_file(adapter: PeftAdapter) -> dict[str, Tensor]:
+    """Key, less PEFT's prefix -> magnitude, as a weights file has it."""
+    return {f"{module}.lora_magnitude_vector": own for module, own in adapter.magnitudes.items()}
+
+
+def take_magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Module -> magnitude, of the tensors of a weights file, which they are taken out of."""
+    keys = {key: _KEY.fullmatch(without_wrappers(key).removeprefix("module.")) for key in tensors}
+    return {match["module"]: tensors.pop(key) for key, match in keys.items() if match}
 
 
 def check_magnitudes(adapter: PeftAdapter, what: str, *, use_dora: bool) -> None:

@@ -91,8 +91,7 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: s
         peft = fit_experts(peft, {key: entry.shape for key, (_, entry) in base.weights.items()}, model_type=kind)
     except ValueError as e:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base.path}: {e}.") from None
-    plan = MergePlan(adapter, peft)
-    problems = [f"{m} is an expert and has a magnitude (DoRA)" for m in peft.magnitudes.keys() - peft.factors.keys()]
+    plan, problems = MergePlan(adapter, peft), []
     for module, (a, b) in peft.factors.items():
         try:
             key = keys.of_module(module, [*a.shape[:-2], b.shape[-2], a.shape[-1]], plan)

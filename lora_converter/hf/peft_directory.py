@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
 from lora_converter.hf.folder import FLOATS, read_header, write_tensors
-from lora_converter.hf.magnitudes import check_magnitudes
+from lora_converter.hf.magnitudes import check_magnitudes, magnitudes_in_file, take_magnitudes
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import (
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])(\.default)?\.weight")
 """Scripts that save a model's state dict themselves leave the adapter's name in, `default`."""
-
-_MAGNITUDE = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 
 _PREFIX = "base_model.model."
 
@@ -101,8 +99,7 @@ class _FileTensors(Mapping[str, torch.Tensor]):
     def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
         self._dtype, self._factors = dtype, adapter.factors
         saved = {k: w for k, w in adapter.base_weights.items() if is_saved(k, adapter.modules_to_save)}
-        magnitudes = {f"{module}.lora_magnitude_vector": own for module, own in adapter.magnitudes.items()}
-        self._beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes | saved).items()}
+        self._beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes_in_file(adapter) | saved).items()}
         keys = sorted(keys_in_file(adapter.factors).items())
         self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
 
@@ -158,7 +155,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
     saved = as_list(config.get("modules_to_save"))
-    magnitudes = {match["module"]: tensors.pop(key) for key in list(tensors) if (match := _magnitude_in(key))}
+    magnitudes = take_magnitudes(tensors)
     pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE, saved)
     rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))
     patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
@@ -190,10 +187,6 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter
-
-
-def _magnitude_in(key: str) -> re.Match[str] | None:
-    return _MAGNITUDE.fullmatch(without_wrappers(key).removeprefix("module."))
 
 
 def _sorted_out(
