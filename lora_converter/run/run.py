@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import torch
 
+from lora_converter.dora import CHANGE
 from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
@@ -127,6 +128,8 @@ class Run:
         tied, magnitudes = self.model.tied(), self.model.gather_magnitudes()
         gathered = self.model.gather_adapters(self.job.export_dtype)
         gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
+        for weight in magnitudes:  # what was added to the norms, of which they are the sums
+            del gathered[f"{weight.rpartition('.')[0]}.{CHANGE}"]
         if is_first_rank():
             peft = to_peft(
                 adapter,
