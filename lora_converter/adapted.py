@@ -6,7 +6,6 @@ what they add to the base weights, and what PEFT calls them. Selection, freezing
 merging, fingerprints and sums of gradients ask for nothing else.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -39,7 +38,10 @@ class AdaptedModule(nn.Module):
     """Plural noun for log lines: `linears`."""
 
     adapter_parameter_names: ClassVar[tuple[str, ...]]
-    """What trains, by declaration: every other parameter below this module belongs to the base."""
+    """The adapter's, by declaration: every other parameter below this module belongs to the base."""
+
+    frozen_parameter_names: ClassVar[tuple[str, ...]] = ()
+    """Those of them that do not train, and are stored beside what does."""
 
     zero_at_start: ClassVar[tuple[str, ...]] = ()
     """Those whose zeros make the update zero, as it is before the first step."""
@@ -63,6 +65,9 @@ class AdaptedModule(nn.Module):
         """Gives the adapter its initial values, which depend on `seed` and the canonical name alone. No collective."""
         raise NotImplementedError
 
+    def reset_from_base(self) -> None:
+        """Gives the adapter the initial values that depend on the base's weights, if it has such; they are there."""
+
     def merged_names(self) -> list[str]:
         """The base weights that the adapter adds to."""
         raise NotImplementedError
@@ -83,7 +88,7 @@ class AdaptedModule(nn.Module):
         raise NotImplementedError
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """Name below this module -> parameter, of all that trains."""
+        """Name below this module -> parameter, of all that is the adapter's."""
         return {name: self.get_parameter(name) for name in self.adapter_parameter_names}
 
     def peft_names(self) -> dict[str, tuple[str, str]]:
@@ -183,8 +188,8 @@ def adapted_modules(model: nn.Module) -> Iterator[AdaptedModule]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter for everything that trains, e.g. `layers.0.attention.wq.lora_a.weight`; with `train_also`
-    modules' own parameters too, e.g. `norm.weight`.
+    """Name -> parameter for everything that is the adapters', e.g. `layers.0.attention.wq.lora_a.weight`; with
+    `train_also` modules' own parameters too, e.g. `norm.weight`.
 
     Names are those of the whole model, also for a pipeline stage or a wrapped or compiled block of it.
     """
@@ -241,8 +246,3 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def stable_hash(text: str) -> int:
-    """63 bits of SHA-256: the same on every rank, machine and Python, unlike `hash`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

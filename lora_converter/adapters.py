@@ -5,16 +5,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn as nn
 
-from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters
+from lora_converter.adapted import AdaptedModule, adapted_modules
 from lora_converter.config import LoRAConfig
 from lora_converter.dora import add_dora, check_takes_magnitude
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.fake_quantized import tell_what_merging_means
 from lora_converter.linear import add_adapter, linears_of
+from lora_converter.offset import add_offset, check_init
 from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
@@ -93,12 +95,14 @@ def apply_lora(
             check_takes_magnitude(fqn, linears[fqn])
     for fqn in weights:
         check_forward_is_called(fqn, experts[fqn][0])
-    add = add_dora if config.use_dora else add_adapter
+    add = add_dora if config.use_dora else add_offset if config.init else add_adapter
     configs = configs_of(config, targets, experts=list(weights))
     trained = _trained(model, config, adapted=[*targets, *weights], experts=list(experts))
+    if config.init:
+        check_init(config, {fqn: (linears[fqn], configs[fqn].rank) for fqn in targets}, experts=list(weights))
+    like: Any = {"dtype": dtype, "factor_class": factor_class}
     for fqn in targets:
-        name = canonical_name(fqn)
-        add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=name, dtype=dtype, factor_class=factor_class)
+        add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=canonical_name(fqn), **like)
     for fqn, own in weights.items():
         module, kind = experts[fqn]
         name = canonical_name(fqn)
@@ -109,6 +113,7 @@ def apply_lora(
     for each in adapted:
         if not next(iter(each.adapter_parameters().values())).is_meta:
             each.reset_adapter(seed)
+            each.reset_from_base()
     tell_what_merging_means(adapted)
     return adapted
 
@@ -196,14 +201,23 @@ def configs_of(config: LoRAConfig, linears: Sequence[str], experts: Sequence[str
 def freeze_base(model: nn.Module) -> None:
     """Sets `requires_grad` so that exactly the adapters train, and what `train_also` names: all else is frozen."""
     model.requires_grad_(False)
-    for param in adapter_parameters(model).values():
+    for module in adapted_modules(model):
+        for name, param in module.adapter_parameters().items():
+            param.requires_grad_(name not in module.frozen_parameter_names)
+    for param in trained_parameters(model).values():
         param.requires_grad_(True)
 
 
-def reset_adapters(model: nn.Module, *, seed: int) -> None:
-    """Gives every adapter its initial values (see `AdaptedModule.reset_adapter`)."""
+def reset_adapters(model: nn.Module, *, seed: int, from_base: bool = True) -> None:
+    """Gives every adapter its initial values (see `AdaptedModule.reset_adapter`).
+
+    Args:
+        from_base: The base's weights are there, for initial values that depend on them.
+    """
     for module in adapted_modules(model):
         module.reset_adapter(seed)
+        if from_base:
+            module.reset_from_base()
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

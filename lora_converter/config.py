@@ -7,8 +7,16 @@ torchtitan merges job configs by `dataclasses.Field.type`.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+C = TypeVar("C", bound="LoRAConfig")
+
+
+_INITS = re.compile(r"|pissa|pissa_niter_[1-9]\d*|olora")
+
+_OF_ALL = ("dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules", "init")
 
 
 @dataclass
@@ -54,6 +62,13 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Linears with another alpha, in the same way."""
 
+    init: str = ""
+    """
+    How the factors begin: "" (A random, B zero), "pissa" (the weight's largest singular vectors), "pissa_niter_4" (the
+    same by a randomised SVD of 4 iterations), or "olora" (the first rows of its QR decomposition). What is added is
+    then the scaled difference to the first product, so that training starts at the base all the same.
+    """
+
     expert_rank: int = 0
     """Rank of adapters on routed experts, of which there are many; that of `rank` if 0."""
 
@@ -73,6 +88,10 @@ class LoRAConfig:
             raise ValueError(f"lora.expert_rank = {self.expert_rank!r}: must be an integer of at least 1, or 0.")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout = {self.dropout!r}: must be at least 0 and below 1.")
+        if not isinstance(self.init, str) or not _INITS.fullmatch(self.init):
+            raise ValueError(
+                f"lora.init = {self.init!r}: must be '', 'pissa', 'pissa_niter_N' with a number, or 'olora'."
+            )
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
@@ -96,10 +115,23 @@ class LoRAConfig:
         """Factor of the update B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
         return scaling(self.rank, self.alpha, self.use_rslora)
 
+    def of_plain(self: C) -> C:
+        """The settings of what an adapter with `init` is exported as: a plain one of twice the rank, scaled alike."""
+        if not self.init:
+            return self
+        factor = math.sqrt(2) if self.use_rslora else 2.0
+        return replace(
+            self,
+            init="",
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={pattern: 2 * rank for pattern, rank in self.rank_pattern.items()},
+            alpha_pattern={pattern: factor * alpha for pattern, alpha in self.alpha_pattern.items()},
+        )
+
     def of_one(self, *, rank: int, alpha: float) -> "LoRAConfig":
         """The settings of a single adapted module, for which the patterns have been looked up."""
-        shared = ("dropout", "use_rslora", "use_dora", "target_modules", "exclude_modules")
-        own = {name: getattr(self, name) for name in shared}
+        own = {name: getattr(self, name) for name in _OF_ALL}
         return LoRAConfig(rank=rank, alpha=alpha, **own)
 
 

@@ -26,10 +26,10 @@ import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import AdaptedModule, adapt, stable_hash
+from lora_converter.adapted import AdaptedModule, adapt
 from lora_converter.config import LoRAConfig
 from lora_converter.grouped import grouped_linear
-from lora_converter.names import plain_modules
+from lora_converter.names import plain_modules, stable_hash
 from lora_converter.ops import low_rank_linear
 from lora_converter.packed_experts import RoutedExperts
 from lora_converter.packed_formats import FORMATS

@@ -7,8 +7,10 @@ import torch
 import torch.nn as nn
 
 from lora_converter.experts import factors_by_weight
-from lora_converter.linear import LoRALinear, is_transposed, linears_of, weight_sides
+from lora_converter.linear import LoRALinear, is_transposed, linears_of
 from lora_converter.names import owners
+from lora_converter.offset import OffsetLinear, plain_factors
+from lora_converter.updates import weight_sides
 
 Tensor = torch.Tensor
 
@@ -62,6 +64,9 @@ def increments_of(
 def _sides(own: Mapping[str, Tensor], *, transposed: bool) -> dict[str, tuple[Tensor, Tensor]]:
     """Weight below a module -> L and R; empty if the module's tensors, by name, are no increments."""
     a_name, b_name = LoRALinear.adapter_parameter_names
+    if own.keys() == {*OffsetLinear.adapter_parameter_names}:
+        a, b = plain_factors(*(own[name] for name in OffsetLinear.adapter_parameter_names))
+        own = {a_name: a, b_name: b}
     if own.keys() == {a_name, b_name}:
         sides, dims = {"weight": weight_sides(own[a_name], own[b_name], transposed=transposed)}, 2
     else:

@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import AdaptedModule, adapt, stable_hash
+from lora_converter.adapted import AdaptedModule, adapt
 from lora_converter.config import LoRAConfig
-from lora_converter.names import plain_modules
+from lora_converter.names import plain_modules, stable_hash
 from lora_converter.ops import low_rank_linear, low_rank_update
 from lora_converter.packed_ops import packed_linear
 from lora_converter.tensor_parallel import LoRAFactor, local_bias, local_input, local_output, shard_of_features
 from lora_converter.tensors import copy_full_, local_part
-from lora_converter.updates import low_rank_updates
+from lora_converter.updates import low_rank_updates, weight_sides
 
 
 class LoRALinear(AdaptedModule):
@@ -39,6 +39,7 @@ class LoRALinear(AdaptedModule):
     """
 
     adapter_kind = "linears"
+    factor_names: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
     adapter_parameter_names: ClassVar[tuple[str, ...]] = ("lora_a.weight", "lora_b.weight")
     zero_at_start = ("lora_b.weight",)
     peft_factors: ClassVar = {"weight": ("lora_a.weight", "lora_b.weight")}
@@ -71,20 +72,25 @@ class LoRALinear(AdaptedModule):
     def _on_this_rank(self, x: torch.Tensor, *, with_base: bool) -> torch.Tensor:
         """Base and update, or the update alone, of this rank's parts of x, W, A and B. No collective."""
         weight = self.weight.t() if self.lora_transposed else self.weight
-        bias, a, b = self.bias, self.lora_a.weight, self.lora_b.weight
         mesh, column_wise = self.lora_a.whole_over or self.lora_b.whole_over, self.lora_a.whole_over is not None
+        bias, (a, b) = self.bias, self.product_factors(local=mesh is not None)
         if mesh is None:
             return self._linear(x, weight, bias, a, b, with_base=with_base)
         out = self._linear(
             local_input(x, mesh, column_wise=column_wise),
             local_part(weight),
             local_bias(bias, mesh, column_wise=column_wise),
-            local_part(a),
-            local_part(b),
+            a,
+            b,
             with_base=with_base,
             shards=None if column_wise else mesh,
         )
         return local_output(out, mesh, column_wise=column_wise, out_features=self.out_features)
+
+    def product_factors(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of what is added; this rank's parts of them if `local`. Along their rank they are whole."""
+        a, b = self.lora_a.weight, self.lora_b.weight
+        return (local_part(a), local_part(b)) if local else (a, b)
 
     def _linear(
         self,
@@ -149,7 +155,7 @@ class LoRALinear(AdaptedModule):
         return {name: factor.whole_over for name, factor in factors.items() if factor.whole_over is not None}
 
     def remove_adapter(self) -> None:
-        for name in ("lora_a", "lora_b", *(["lora_transposed", "in_features", "out_features"] * self.lora_transposed)):
+        for name in (*self.factor_names, *(["lora_transposed", "in_features", "out_features"] * self.lora_transposed)):
             delattr(self, name)
 
     def to_linear(self) -> nn.Linear:
@@ -169,21 +175,12 @@ class LoRALinear(AdaptedModule):
         `ColwiseParallel` offers every parameter below a linear under its dotted name, and the factors' again when
         it visits them.
         """
-        if name not in LoRALinear.adapter_parameter_names:
+        if name.removesuffix(".weight") not in self.factor_names:
             super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         config = self.lora_config
         return f"{super().extra_repr()}, rank={config.rank}, alpha={config.alpha}, dropout={config.dropout}"
-
-
-def weight_sides(a: torch.Tensor, b: torch.Tensor, *, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """L and R of `low_rank_updates`, of A and B.
-
-    Args:
-        transposed: The weight is stored as (in_features, out_features).
-    """
-    return (a.t(), b) if transposed else (b, a.t())
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -219,7 +216,7 @@ def add_adapter(
         canonical_name: Its name on any host; `fqn` if left out.
         dtype: Dtype of the factors; fp32 if left out, or the weight's if that is wider.
         factor_class: What A and B are made of; a host may need more of them.
-        kind: What it becomes.
+        kind: What it becomes, which names its factors of A's and B's shapes in turn.
     """
     transposed = _is_conv1d(linear)
     adapted = adapt(linear, kind, config, fqn=fqn, canonical_name=canonical_name)
@@ -229,8 +226,9 @@ def add_adapter(
     like = torch.empty(
         0, device=adapted.weight.device, dtype=dtype or torch.promote_types(adapted.weight.dtype, torch.float32)
     )
-    adapted.lora_a = factor_class(adapted.in_features, config.rank, rank_dim=0, like=like)
-    adapted.lora_b = factor_class(config.rank, adapted.out_features, rank_dim=1, like=like)
+    shapes = ((adapted.in_features, config.rank), (config.rank, adapted.out_features))
+    for index, name in enumerate(kind.factor_names):
+        setattr(adapted, name, factor_class(*shapes[index % 2], rank_dim=index % 2, like=like))
     return adapted
 
 

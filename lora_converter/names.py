@@ -4,6 +4,7 @@ torch.compile, activation checkpointing, FSDP1 and DDP put a wrapper around a mo
 `_orig_mod`, `_checkpoint_wrapped_module`, `_fsdp_wrapped_module` or `module` in it.
 """
 
+import hashlib
 from collections.abc import Container, Iterator
 
 import torch.nn as nn
@@ -56,3 +57,8 @@ def owners(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for module_name, module in plain_modules(model):
         for name, param in module.named_parameters(recurse=False):
             yield f"{module_name}.{name}" if module_name else name, param
+
+
+def stable_hash(text: str) -> int:
+    """63 bits of SHA-256: the same on every rank, machine and Python, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -25,6 +25,7 @@ from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
 from lora_converter.linear import LoRALinear
 from lora_converter.names import plain_modules, plain_parameters
+from lora_converter.offset import OffsetLinear, make_plain
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
@@ -54,7 +55,9 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     """
     adapted = list(adapted_modules(model))
     check_peft_forms(adapted)
-    state, configs, names = adapter_state_dict(model), adapter_configs(model), _peft_names(model)
+    state, names = adapter_state_dict(model), _peft_names(model)
+    make_plain(state)
+    configs = {fqn: config.of_plain() for fqn, config in adapter_configs(model).items()}
     if experts := [fqn for fqn, (a, _) in names.items() if state[a].ndim != 2]:
         raise ValueError(
             f"PEFT's names of routed experts are known to a run on their host alone, which writes a PEFT directory at "
@@ -92,6 +95,11 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     Raises:
         ValueError: Names, shapes or the scaling do not fit; nothing is written.
     """
+    if offset := [module.lora_fqn for module in adapted_modules(model) if isinstance(module, OffsetLinear)]:
+        raise ValueError(
+            f"The factors of {', '.join(offset)} began at the weight (init), and what they began at is in no PEFT "
+            "directory. Load it into adapters without init, of its rank."
+        )
     adapter = adapter.renamed(Aliases(adapter_configs(model)))
     params = dict(plain_parameters(model))
     trained = trained_parameters(model)

@@ -36,6 +36,15 @@ def low_rank_updates(left: Tensor, right: Tensor, weight: Tensor, *, scaling: fl
         yield (one.float() @ other.float().mT).mul_(scaling)
 
 
+def weight_sides(a: Tensor, b: Tensor, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """L and R of `low_rank_updates`, of A and B.
+
+    Args:
+        transposed: The weight is stored as (in_features, out_features).
+    """
+    return (a.t(), b) if transposed else (b, a.t())
+
+
 def add_updates(base: Tensor, updates: Iterable[Tensor], *, out: Tensor | None = None) -> bool:
     """Adds updates to a weight, in fp32 and rounded once to its dtype.
 

@@ -11,7 +11,7 @@ from harness import Run
 from torchtitan.distributed import utils
 
 from lora_converter import adapter_parameters
-from lora_converter.adapted import stable_hash
+from lora_converter.names import stable_hash
 from lora_converter.tensors import copy_full_, full_tensor
 
 

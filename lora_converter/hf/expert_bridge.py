@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lora_converter.adapted import stable_hash
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
 from lora_converter.hf.expert_naming import ExpertShapes, Held, HFExperts, hf_experts
@@ -28,6 +27,7 @@ from lora_converter.hf.expert_patterns import alpha_for, split_expert
 from lora_converter.hf.experts import fit_experts, own_rank, shares_of_rank
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import PeftAdapter
+from lora_converter.names import stable_hash
 
 logger = logging.getLogger(__name__)
 

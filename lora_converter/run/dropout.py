@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from lora_converter.adapted import stable_hash
+from lora_converter.names import stable_hash
 
 
 class DropoutSeeds:

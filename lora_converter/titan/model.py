@@ -43,7 +43,7 @@ class LoRAModel(nn.Module):
         with shown_unpacked(self):
             cast(Any, super()).init_weights(buffer_device=buffer_device)
         start = time.perf_counter()
-        reset_adapters(self, seed=self.lora_job.seed)
+        reset_adapters(self, seed=self.lora_job.seed, from_base=False)
         self.lora_made_in = time.perf_counter() - start
         mark_partial_gradients(self)
         mark_mean_gradients(self)

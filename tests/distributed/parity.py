@@ -19,7 +19,8 @@ from launch import main
 from qat_converter import WEIGHTS_ALONE
 from tiny_models import base_options
 
-from lora_converter.adapted import adapter_parameters, stable_hash
+from lora_converter.adapted import adapter_parameters
+from lora_converter.names import stable_hash
 from lora_converter.packed_module import packed_formats
 from lora_converter.tensors import copy_full_, full_tensor
 from lora_converter.titan import optimizer

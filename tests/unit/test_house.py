@@ -40,7 +40,7 @@ FLOORS = [
     {"adapted", "chat", "packed_module", "shared"},
     {"packed_experts", "tensor_parallel"},
     {"experts", "linear", "packed_linear"},
-    {"dora", "packing"},
+    {"dora", "offset", "packing"},
     {"adapters", "fingerprint", "increments", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
