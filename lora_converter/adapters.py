@@ -21,7 +21,13 @@ from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
-from lora_converter.trained import mark_trained, modules_with_parameters, select_trained, trained_modules
+from lora_converter.trained import (
+    mark_trained,
+    modules_with_parameters,
+    select_trained,
+    trained_modules,
+    trained_parameters,
+)
 
 logger = logging.getLogger(__name__)
 

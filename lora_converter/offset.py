@@ -155,7 +155,7 @@ def check_init(config: LoRAConfig, linears: Mapping[str, tuple[nn.Module, int]],
             f"lora.init = {config.init!r}: the factors are those of the weight that is computed with, which is packed "
             f"for {', '.join(packed)}. Leave lora.base_format out, or lora.init."
         )
-    small = {fqn: min(linear.weight.shape) for fqn, (linear, _) in linears.items()}
+    small = {fqn: min(linear.get_parameter("weight").shape) for fqn, (linear, _) in linears.items()}
     if wide := [
         f"{fqn} (rank {rank}, at most {small[fqn]})" for fqn, (_, rank) in linears.items() if rank > small[fqn]
     ]:

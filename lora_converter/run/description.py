@@ -35,7 +35,7 @@ MODEL, OPTIMIZER, LR_SCHEDULER, DATALOADER, TRAIN_STATE = PARTS = (
 )
 """What a step is made of. The model's entries have their own names, those of the others begin with the part's."""
 
-_MUST_AGREE = {"rank": None, "alpha": None, "use_rslora": None, "use_dora": False}
+_MUST_AGREE = {"rank": None, "alpha": None, "use_rslora": None, "use_dora": False, "init": ""}
 """Of [lora], beside the linears that it selects, with what a step means that does not say. Dropout may change."""
 
 

@@ -26,6 +26,7 @@ from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
 from lora_converter.hf.saved_modules import is_saved, modules_of_keys
 from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.offset import OffsetLinear, make_plain
 from lora_converter.packing import packable
 from lora_converter.ranks import agreed, together
 from lora_converter.run.description import DESCRIPTION, Description, adapters_in
@@ -77,6 +78,10 @@ def config_of_peft(
         ValueError: A setting is not at its default and differs from the directory's.
     """
     default, what = LoRAConfig(), config.initial_adapter_path
+    if config.init:
+        raise ValueError(
+            f"lora.init = {config.init!r}, but the adapter in {what} says where it begins. Leave lora.init out."
+        )
     for name, value in peft.settings.items():
         if getattr(config, name) not in (getattr(default, name), value):
             raise ValueError(
@@ -163,7 +168,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     stored = metadata.state_dict_metadata
-    kinds: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, *set(classes.values())]
+    kinds: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, OffsetLinear, *set(classes.values())]
     linears, experts = linear_shapes(model), expert_shapes(model, classes)
     _, foreign = adapters_in(metadata, kinds, model.state_dict())
     if foreign:
@@ -191,14 +196,15 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     changes = {
         f"{m.lora_fqn}.weight": state_dict.pop(f"{m.lora_fqn}.{CHANGE}") for m in adapted if isinstance(m, DoRALinear)
     }
+    make_plain(state_dict)
     peft = to_peft(
         adapter,
         state_dict,
         {weight: names for linear in adapted for weight, names in linear.peft_names().items()},
         linears,
-        config,
+        config.of_plain(),
         experts=experts,
-        alphas={weight: linear.lora_config.alpha for linear in adapted for weight in linear.peft_names()},
+        alphas={weight: linear.lora_config.of_plain().alpha for linear in adapted for weight in linear.peft_names()},
         magnitudes=changes,
         has_experts=has_stacked_experts(model),
         base_model=base or described.base,

@@ -22,6 +22,7 @@ from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.merge import merge_directories
+from lora_converter.offset import make_plain
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
 from lora_converter.run.branch import Branch
@@ -30,6 +31,7 @@ from lora_converter.run.dropout import DropoutSeeds
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
 from lora_converter.run.hyperparameters import Hyperparameters
+from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.run.model import RunModel
 from lora_converter.run.preemption import Preemption
 from lora_converter.run.sources import BaseSource, Source, StepSource
@@ -126,19 +128,21 @@ class Run:
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
         tied, magnitudes = self.model.tied(), self.model.gather_magnitudes()
-        gathered = self.model.gather_adapters(self.job.export_dtype)
+        # What factors have moved by is small beside what they began at, and is rounded alone.
+        gathered = self.model.gather_adapters(torch.float32 if self.config.init else self.job.export_dtype)
         gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
         for weight in magnitudes:  # what was added to the norms, of which they are the sums
             del gathered[f"{weight.rpartition('.')[0]}.{CHANGE}"]
         if is_first_rank():
+            make_plain(gathered)
             peft = to_peft(
                 adapter,
                 gathered,
                 names,
                 linears,
-                self.config,
+                self.config.of_plain(),
                 experts=experts,
-                alphas=alphas_of(names, configs),
+                alphas=alphas_of(names, {fqn: config.of_plain() for fqn, config in configs.items()}),
                 magnitudes=magnitudes,
                 has_experts=has_experts,
                 base_model=self.job.base.path if self.job.base else "",
@@ -184,6 +188,8 @@ class Run:
             sources.append(StepSource(self.model, found, self._load_end))
         elif self.config.initial_adapter_path:
             sources.append(self._initial_adapter(self.config.initial_adapter_path))
+        if begins_at_the_base(self.job, found):
+            sources.append(InitialFactors(self.model))
         for source in sources:
             source.check()
         if self.job.saves:

@@ -15,6 +15,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.tools.logging import logger
 
 from lora_converter.run.description import DATALOADER, MODEL, TRAIN_STATE
+from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.run.run import Run
 from lora_converter.run.steps import discard, stale_steps
 from lora_converter.titan.chat import ChatLoader
@@ -48,6 +49,8 @@ class LoRACheckpointManager(CheckpointManager):
         """See `Run.load`; then a look at the tokens that conversations end with."""
         if not self.enable:
             check_base_is_loaded(self.run.job)
+            if begins_at_the_base(self.run.job, None):
+                InitialFactors(self.run.model).load()
             return False
         loaded = self.run.load(step)
         loader = self.states.get(DATALOADER)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 
+from lora_converter.adapted import adapter_parameters
 from lora_converter.swap import swap_class
 from lora_converter.trained import trained_modules
 
@@ -31,7 +32,7 @@ def store_frozen_in_compute_dtype(model: nn.Module, job_config: Any, parallel_di
     Tensor subclasses, such as float8 weights that FSDP2 gathers in float8, are left to those who made them.
     """
     dtype = TORCH_DTYPE_MAP[job_config.training.mixed_precision_param]
-    params = {param for param in model.parameters() if not param.requires_grad}
+    params = {param for param in model.parameters() if not param.requires_grad} - {*adapter_parameters(model).values()}
     if parallel_dims.tp_enabled or parallel_dims.pp_enabled:
         params = params if parallel_dims.fsdp_enabled else set()
     elif not parallel_dims.fsdp_enabled:

@@ -111,6 +111,7 @@ DROPOUT = ("--lora.dropout=0.2",)
 PATTERNS = ("--lora.rank_pattern", "wq", "3", "layers.1.feed_forward.*", "6", "--lora.alpha_pattern", "w2", "5.0")
 HEAD_TOO = ("--lora.target_modules=all-linear,output",)
 EXPERTS_TOO = ("--lora.target_modules=all-linear,experts", "--lora.expert_rank=3")
+PISSA = ("--lora.init=pissa",)
 PACKED = ("--lora.base_format=nf4",)
 DORA = ("--lora.use_dora",)
 PACKED_EXPERTS = (*PACKED, *EXPERTS_TOO)
@@ -239,6 +240,20 @@ VARIANTS = {
     "DoRA and full AC, TP2": row(2, TP2, FULL_AC, job=DORA),
     "DoRA and dropout, TP2": row(2, TP2, job=(*DORA, *DROPOUT)),
     "DoRA and the output head, TP2": row(2, TP2, model="qwen3", job=(*DORA, *HEAD_TOO)),
+    "PiSSA, FSDP2": row(2, FSDP2, job=PISSA),
+    "PiSSA, DDP2": row(2, DDP2, job=PISSA),
+    "PiSSA, TP2": row(2, TP2, job=PISSA),
+    "PiSSA, PP2": row(2, PP2, job=PISSA),
+    "PiSSA, PP2 interleaved": row(2, PP2, INTERLEAVED, job=PISSA),
+    "PiSSA, CP2": row(2, CP2, job=PISSA),
+    "PiSSA, MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3", job=PISSA),
+    "PiSSA, HSDP 2x2": row(4, REPLICATE2, FSDP2, job=PISSA),
+    "PiSSA, TP2 x FSDP2": row(4, TP2, FSDP2, job=PISSA),
+    "PiSSA, CP2 x TP2": row(4, CP2, TP2, job=PISSA),
+    "PiSSA, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=PISSA),
+    "PiSSA, PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2, job=PISSA),
+    "PiSSA and full AC, TP2": row(2, TP2, FULL_AC, job=PISSA),
+    "OLoRA and the output head, TP2": row(2, TP2, job=("--lora.init=olora", *HEAD_TOO)),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
     "experts and selective AC by op, TP2": row(2, TP2, OP_SAC, model="qwen3_loop", job=EXPERTS_TOO),
 }
@@ -258,6 +273,8 @@ QUICK = (*SIX, "DDP2", "HSDP 2x2")
 BY_HAND = (
     *(f"experts of qwen3, {layout}" for layout in ("FSDP2", "EP2", "TP2", "DDP2", "TP2 x FSDP2")),
     "experts of deepseek_v3, EP4",
+    *(f"PiSSA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
+    *("PiSSA, PP2 x CP2 x FSDP2", "PiSSA and full AC, TP2"),
     *(f"packed, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("packed, PP2 x CP2 x FSDP2", "packed and full AC, TP2", "packed, CPU offload, FSDP2"),
     *(f"packed experts, {layout}" for layout in ("DDP2", "HSDP 2x2", "TP2 x FSDP2", "EP2 x FSDP2", "EP2 x TP2")),

@@ -1,0 +1,76 @@
+"""Jobs whose factors begin at the base: what their steps hold, how they go on, what they export. One rank."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import adapter_state, build, finish, train
+from hf_models import tiny_llama
+from peft import PeftModel
+from test_checkpoint import failing
+from torch.distributed.checkpoint import FileSystemReader
+
+from lora_converter.offset import initial_factors
+from lora_converter.peft import load_peft
+
+
+def options(base: Path, init: str = "pissa") -> list[str]:
+    return [
+        f"--checkpoint.initial_load_path={base}",
+        "--checkpoint.initial_load_in_hf",
+        f"--lora.init={init}",
+        "--checkpoint.interval=1",
+    ]
+
+
+def step(folder: Path, number: int) -> Path:
+    return folder / "checkpoint" / f"step-{number}"
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_job_begins_at_its_base_and_goes_on_bit_for_bit(init: str, hf_base: Path, tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", *options(hf_base, init), "--training.steps=4")
+    plain = train(tmp_path / "plain", *options(hf_base, ""), "--training.steps=1")
+    assert whole.losses[0] == plain.losses[0]
+    stored = FileSystemReader(step(tmp_path / "whole", 2)).read_metadata().state_dict_metadata
+    assert adapter_state(whole).keys() <= stored.keys()
+    assert any(name.endswith("lora_a0.weight") for name in stored)
+    again = train(tmp_path / "whole", *options(hf_base, init), "--training.steps=4", "--checkpoint.load_step=2")
+    assert again.losses == whole.losses[2:]
+    expected, found = adapter_state(whole), adapter_state(again)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_the_factors_are_those_of_the_loaded_weight_and_a_resume_computes_none(
+    hf_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(tmp_path, *options(hf_base), "--training.steps=2")
+    run.trainer.checkpointer.load()
+    weights, state = dict(run.trainer.model_parts[0].named_parameters()), adapter_state(run)
+    for fqn in ("layers.0.attention.wq", "layers.3.feed_forward.w2"):
+        config = run.trainer.model_parts[0].get_submodule(fqn).lora_config
+        a, b = initial_factors(weights[f"{fqn}.weight"], config, name=fqn)
+        for name, factor in (("lora_a", a), ("lora_b", b), ("lora_a0", a), ("lora_b0", b)):
+            assert torch.equal(state[f"{fqn}.{name}.weight"], factor) and factor.any()
+    finish(run)
+    monkeypatch.setattr("lora_converter.run.initial_factors.initial_factors", None)
+    train(tmp_path, *options(hf_base), "--training.steps=3")
+
+
+def test_an_export_is_a_plain_adapter_of_twice_the_rank(hf_base: Path, tmp_path: Path) -> None:
+    end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=3"]
+    run = train(tmp_path, *options(hf_base), *end, "--lora.rank_pattern", "wo", "3")
+    path = step(tmp_path, 3)
+    assert {a.shape[0] for a, _ in load_peft(path).factors.values()} == {8, 6}
+    model = PeftModel.from_pretrained(tiny_llama(), path)
+    inputs = run.batches[0][0]
+    with torch.no_grad():
+        want = run.trainer.model_parts[0](inputs)
+        torch.testing.assert_close(model(inputs).logits, want, atol=2e-5, rtol=1e-5)
+        assert (want - tiny_llama()(inputs).logits).abs().max() > 1e-3
+
+
+def test_a_step_of_another_beginning_is_refused(hf_base: Path, tmp_path: Path) -> None:
+    train(tmp_path, *options(hf_base), "--training.steps=1")
+    _, message = failing(tmp_path, *options(hf_base, ""))
+    assert "lora.init is 'pissa' there and '' here" in message
