@@ -41,7 +41,7 @@ class LoRALinear(AdaptedModule):
     adapter_kind = "linears"
     factor_names: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
     adapter_parameter_names: ClassVar[tuple[str, ...]] = ("lora_a.weight", "lora_b.weight")
-    zero_at_start = ("lora_b.weight",)
+    zero_at_start: ClassVar[tuple[str, ...]] = ("lora_b.weight",)
     peft_factors: ClassVar = {"weight": ("lora_a.weight", "lora_b.weight")}
 
     in_features: int

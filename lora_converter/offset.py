@@ -17,7 +17,7 @@ holds, a plain adapter. Not here: when a run computes the factors, and who does 
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -40,10 +40,10 @@ class OffsetLinear(LoRALinear):
         lora_b0: B₀, weight (out_features, rank).
     """
 
-    factor_names = ("lora_a", "lora_b", "lora_a0", "lora_b0")
-    adapter_parameter_names = ("lora_a.weight", "lora_b.weight", "lora_a0.weight", "lora_b0.weight")
-    frozen_parameter_names = ("lora_a0.weight", "lora_b0.weight")
-    zero_at_start = ()
+    factor_names: ClassVar = ("lora_a", "lora_b", "lora_a0", "lora_b0")
+    adapter_parameter_names: ClassVar = ("lora_a.weight", "lora_b.weight", "lora_a0.weight", "lora_b0.weight")
+    frozen_parameter_names: ClassVar = ("lora_a0.weight", "lora_b0.weight")
+    zero_at_start: ClassVar = ()
 
     lora_a0: LoRAFactor
     lora_b0: LoRAFactor
@@ -107,7 +107,7 @@ def make_plain(tensors: MutableMapping[str, Tensor]) -> None:
     names = OffsetLinear.adapter_parameter_names
     for fqn in [name.removesuffix(names[2]) for name in tensors if name.endswith(f".{names[2]}")]:
         a, b = plain_factors(*(tensors.pop(f"{fqn}{name}") for name in names))
-        tensors |= {f"{fqn}{names[0]}": a, f"{fqn}{names[1]}": b}
+        tensors.update({f"{fqn}{names[0]}": a, f"{fqn}{names[1]}": b})
 
 
 def initial_factors(weight: Tensor, config: LoRAConfig, *, name: str) -> tuple[Tensor, Tensor]:
@@ -153,12 +153,10 @@ def check_init(config: LoRAConfig, linears: Mapping[str, tuple[nn.Module, int]],
     if packed:
         raise ValueError(
             f"lora.init = {config.init!r}: the factors are those of the weight that is computed with, which is packed "
-            f"for {', '.join(packed)}. Leave lora.base_format out, or lora.init."
+            f"for {', '.join(packed)}. Leave lora.base_format out, or leave lora.init out."
         )
-    small = {fqn: min(linear.get_parameter("weight").shape) for fqn, (linear, _) in linears.items()}
-    if wide := [
-        f"{fqn} (rank {rank}, at most {small[fqn]})" for fqn, (_, rank) in linears.items() if rank > small[fqn]
-    ]:
+    sides = [(fqn, rank, min(linear.get_parameter("weight").shape)) for fqn, (linear, rank) in linears.items()]
+    if wide := [f"{fqn} (rank {rank}, at most {most})" for fqn, rank, most in sides if rank > most]:
         raise ValueError(
             f"lora.init = {config.init!r}: the rank is above the smaller side of {', '.join(wide)}. Lower lora.rank, "
             "or give these linears another in lora.rank_pattern."

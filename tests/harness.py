@@ -48,6 +48,7 @@ class Run:
     lrs: list[float] = field(default_factory=list)
     batches: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     loaded: dict[str, torch.Tensor] = field(default_factory=dict)
+    begun: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def parse(folder: Path | str, *args: str, config: Path = CONFIG) -> Any:

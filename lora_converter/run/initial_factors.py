@@ -21,6 +21,11 @@ from lora_converter.run.steps import Step
 
 logger = logging.getLogger(__name__)
 
+TWICE_THE_RANK = (
+    "LoRA: what began at the base's weights is written as plain adapters of twice their rank, up to {rank}: a server's "
+    "limit, vLLM's --max-lora-rank say, must be no lower."
+)
+
 
 def begins_at_the_base(job: Job, found: Step | None) -> bool:
     """Whether a run needs first factors of its base: nothing else that it loads holds any.

@@ -31,7 +31,7 @@ from lora_converter.run.dropout import DropoutSeeds
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
 from lora_converter.run.hyperparameters import Hyperparameters
-from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
+from lora_converter.run.initial_factors import TWICE_THE_RANK, InitialFactors, begins_at_the_base
 from lora_converter.run.model import RunModel
 from lora_converter.run.preemption import Preemption
 from lora_converter.run.sources import BaseSource, Source, StepSource
@@ -153,6 +153,8 @@ class Run:
                 discard(Path(path))
             save_peft(peft, path, dtype=self.job.export_dtype, replace=True)
             logger.info(f"LoRA: wrote {len(configs)} adapted modules as a PEFT directory to {path}.")
+            if self.config.init:
+                logger.info(TWICE_THE_RANK.format(rank=max(a.shape[0] for a, _ in peft.factors.values())))
 
     def finish(self) -> None:
         """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""

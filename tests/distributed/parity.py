@@ -308,6 +308,7 @@ def build_row(row: Row, folder: Path, bases: Path, *more: str) -> Run:
     def load_and_fill(step: int = -1) -> bool:
         loaded = load(step)
         if run.trainer.step == 0:
+            run.begun = first_products(run)
             fill_b(run)
             run.loaded = adapter_state(run)
         return loaded
@@ -339,9 +340,12 @@ def feed_global_batches(run: Run) -> None:
 
 
 def fill_b(run: Run) -> None:
+    """And what began at the base's weight, whose decomposition has other signs and last digits on other shards."""
+    filled = ("lora_b.weight", "_lora_b", "lora_a0.weight", "lora_b0.weight")
+    filled += ("lora_a.weight",) * bool(run.trainer.job_config.lora.init)
     for part in run.trainer.model_parts:
         for name, param in adapter_parameters(part).items():
-            if name.endswith(("lora_b.weight", "_lora_b")):
+            if name.endswith(filled):
                 generator = torch.Generator().manual_seed(stable_hash(name))
                 copy_full_(param, torch.empty(param.shape).normal_(std=0.05, generator=generator))
 
@@ -351,6 +355,15 @@ def whole_adapter(run: Run) -> dict[str, torch.Tensor]:
     gathered: list[dict] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, adapter_state(run))
     return {name: value for part in gathered for name, value in part.items()}
+
+
+def first_products(run: Run) -> dict[str, torch.Tensor]:
+    """B₀ A₀ of what begins at the base's weight, after a look at whether the update is zero."""
+    state = whole_adapter(run)
+    for name in [name for name in state if name.endswith("0.weight")]:
+        assert torch.equal(state[name], state[name.replace("0.weight", ".weight")])
+    names = [name for name in state if name.endswith("lora_b0.weight")]
+    return {name: state[name] @ state[name.replace("lora_b0", "lora_a0")] for name in names}
 
 
 def packed_base(run: Run) -> dict[str, str]:
@@ -388,6 +401,7 @@ def train_row(row: Row, folder: Path, bases: Path, *more: str) -> dict[str, Any]
         "losses": losses_of(run),
         "grad_norms": run.grad_norms,
         "initial": initial,
+        "begun": run.begun,
         "final": whole_adapter(run),
         "base": {name: value for name, value in run.loaded.items() if "lora_" not in name},
         "sums": sums,
@@ -404,6 +418,9 @@ def compare_row(name: str, folder: Path) -> dict[str, float]:
     unequal = [n for n in result["initial"] if not torch.equal(result["initial"][n], reference["initial"][n])]
     assert not unequal, f"initial adapters differ: {unequal}"
     assert result["packed"] == reference["packed"]
+    assert result["begun"].keys() == reference["begun"].keys()
+    for weight, product in reference["begun"].items():
+        assert product.any() and (result["begun"][weight] - product).norm() < 1e-3 * product.norm(), weight
     # One all-reduce per step completes the gradients under TP, however many micro-batches, stages and shards there are.
     trains_here = bool(result["final"]) and not name.startswith("adapters in")
     assert result["sums"] == [int("TP2" in name and trains_here)] * STEPS, result["sums"]

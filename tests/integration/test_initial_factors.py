@@ -1,5 +1,6 @@
 """Jobs whose factors begin at the base: what their steps hold, how they go on, what they export. One rank."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,13 @@ def test_the_factors_are_those_of_the_loaded_weight_and_a_resume_computes_none(
     train(tmp_path, *options(hf_base), "--training.steps=3")
 
 
-def test_an_export_is_a_plain_adapter_of_twice_the_rank(hf_base: Path, tmp_path: Path) -> None:
+def test_an_export_is_a_plain_adapter_of_twice_the_rank(
+    hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=3"]
     run = train(tmp_path, *options(hf_base), *end, "--lora.rank_pattern", "wo", "3")
+    assert "plain adapters of twice their rank, up to 8: a server's limit" in caplog.text
     path = step(tmp_path, 3)
     assert {a.shape[0] for a, _ in load_peft(path).factors.values()} == {8, 6}
     model = PeftModel.from_pretrained(tiny_llama(), path)
@@ -74,3 +79,21 @@ def test_a_step_of_another_beginning_is_refused(hf_base: Path, tmp_path: Path) -
     train(tmp_path, *options(hf_base), "--training.steps=1")
     _, message = failing(tmp_path, *options(hf_base, ""))
     assert "lora.init is 'pissa' there and '' here" in message
+
+
+def test_a_peft_directory_says_where_it_begins(hf_base: Path, tmp_path: Path) -> None:
+    end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=2"]
+    first = train(tmp_path / "first", *options(hf_base), *end)
+    start = [*options(hf_base)[:2], f"--lora.initial_adapter_path={step(tmp_path / 'first', 2)}", "--lora.rank=16"]
+    with pytest.raises(
+        ValueError, match=r"lora\.init = 'pissa', but the adapter in .* Leave lora\.init out\."
+    ) as error:
+        build(tmp_path / "next", *start, "--lora.init=pissa")
+    assert "says where it begins. Leave lora.init out." in str(error.value)
+    run = build(tmp_path / "next", *start)
+    run.trainer.checkpointer.load()
+    inputs = first.batches[0][0]
+    with torch.no_grad():
+        want, found = (each.trainer.model_parts[0](inputs) for each in (first, run))
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-5)
+    run.trainer.close()
