@@ -11,6 +11,7 @@ from peft import PeftModel
 from test_checkpoint import failing
 from torch.distributed.checkpoint import FileSystemReader
 
+from lora_converter.cli import main
 from lora_converter.offset import initial_factors
 from lora_converter.peft import load_peft
 
@@ -97,3 +98,13 @@ def test_a_peft_directory_says_where_it_begins(hf_base: Path, tmp_path: Path) ->
         want, found = (each.trainer.model_parts[0](inputs) for each in (first, run))
     torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-5)
     run.trainer.close()
+
+
+def test_a_step_folder_is_exported_as_the_trainer_would_have(hf_base: Path, tmp_path: Path) -> None:
+    end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=2"]
+    for folder, more in (("dcp", []), ("peft", end)):
+        train(tmp_path / folder, *options(hf_base, "olora"), "--training.steps=2", "--lora.use_rslora", *more)
+    arguments = ["--checkpoint", str(step(tmp_path / "dcp", 2)), "--output", str(tmp_path / "exported")]
+    assert main(["export", *arguments]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "exported" / name).read_bytes() == (step(tmp_path / "peft", 2) / name).read_bytes()
