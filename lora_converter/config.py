@@ -92,6 +92,11 @@ class LoRAConfig:
             raise ValueError(
                 f"lora.init = {self.init!r}: must be '', 'pissa', 'pissa_niter_N' with a number, or 'olora'."
             )
+        if self.init and self.use_dora:
+            raise ValueError(
+                f"lora.init = {self.init!r} and lora.use_dora = true: factors that begin at the weight have no "
+                "magnitude here. Leave lora.init out, or set lora.use_dora = false."
+            )
         for name in ("use_rslora", "use_dora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")

@@ -11,11 +11,12 @@ from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_param
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
-from lora_converter.dora import DoRALinear
+from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.names import plain_parameters
+from lora_converter.offset import make_plain
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
@@ -169,7 +170,24 @@ class RunModel:
                 gathered[name] = _kept(full, dtype)
         return gathered
 
-    def gather_magnitudes(self) -> dict[str, torch.Tensor]:
+    def gather_for_peft(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What `to_peft` takes: the tensors of plain adapters under all of their names, and DoRA's magnitudes.
+
+        On rank 0, nothing elsewhere. A collective.
+
+        Args:
+            dtype: See `gather_adapters`. What factors have moved by is small beside what they began at, and is rounded
+                alone: with `init` the tensors are fp32.
+        """
+        tied, magnitudes = self.tied(), self._gather_magnitudes()
+        gathered = self.gather_adapters(torch.float32 if self.host.job.config.init else dtype)
+        gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
+        for weight in magnitudes:  # what was added to the norms, of which they are the sums
+            del gathered[f"{weight.rpartition('.')[0]}.{CHANGE}"]
+        make_plain(gathered)
+        return gathered, magnitudes
+
+    def _gather_magnitudes(self) -> dict[str, torch.Tensor]:
         """Adapted weight -> DoRA's magnitudes, (out_features), of all pipeline stages, on rank 0. A collective."""
         if not self.host.job.config.use_dora:
             return {}

@@ -17,12 +17,10 @@ from typing import NoReturn
 
 import torch
 
-from lora_converter.dora import CHANGE
 from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.merge import merge_directories
-from lora_converter.offset import make_plain
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
 from lora_converter.run.branch import Branch
@@ -127,14 +125,8 @@ class Run:
         assert adapter is not None
         names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
         has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
-        tied, magnitudes = self.model.tied(), self.model.gather_magnitudes()
-        # What factors have moved by is small beside what they began at, and is rounded alone.
-        gathered = self.model.gather_adapters(torch.float32 if self.config.init else self.job.export_dtype)
-        gathered |= {other: gathered[name] for name, others in tied.items() if name in gathered for other in others}
-        for weight in magnitudes:  # what was added to the norms, of which they are the sums
-            del gathered[f"{weight.rpartition('.')[0]}.{CHANGE}"]
+        gathered, magnitudes = self.model.gather_for_peft(self.job.export_dtype)
         if is_first_rank():
-            make_plain(gathered)
             peft = to_peft(
                 adapter,
                 gathered,

@@ -89,6 +89,17 @@ def test_a_peft_directory_goes_into_plain_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(plain(X), model(X), rtol=1e-5, atol=1e-5)  # fp32 products of another rank
 
 
+def test_there_is_no_magnitude_of_factors_that_begin_at_the_weight() -> None:
+    says = (
+        "lora.init = 'pissa' and lora.use_dora = true: factors that begin at the weight have no magnitude here. Leave "
+        "lora.init out, or set lora.use_dora = false."
+    )
+    with pytest.raises(ValueError, match=re.escape(says)):
+        applied(net(), use_dora=True)
+    applied(net(), use_dora=True, init="")
+    applied(net(), use_dora=False)
+
+
 @pytest.mark.parametrize("init", ["PiSSA", "pissa_niter_0", "pissa_niter_", "gaussian", None, True])
 def test_another_init_is_refused(init: Any) -> None:
     with pytest.raises(ValueError, match=r"lora\.init = .*: must be '', 'pissa', 'pissa_niter_N'"):
