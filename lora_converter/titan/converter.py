@@ -49,6 +49,7 @@ from lora_converter.titan.models import for_names
 from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
+from lora_converter.titan.tied import mark_tied_head
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -97,6 +98,7 @@ class LoRAConverter:
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, job_config, self.parallel_dims)
+        mark_tied_head(model)
         allow_kinds_of_layers(model, job_config)
         not_spent = flops_not_spent(model, job_config.training.seq_len)
         converted = swap_class(model, LoRAModel)

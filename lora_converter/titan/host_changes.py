@@ -69,6 +69,12 @@ CHANGES = (
         "the plans keep requires_grad",
     ),
     Change(
+        "torchtitan.models.llama4.infra.parallelize:fully_shard",
+        "tied:shard_tied_together",
+        "qwen3 puts a tied embedding and head into two FSDP2 groups, which torch 2.13 refuses",
+        "they are in one group, as in torchtitan 0.3",
+    ),
+    Change(
         "torchtitan.components.validate:Validator.validate",
         "head:validate_without_logits",
         "takes logits where a frozen head's loss needs none",

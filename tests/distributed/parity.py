@@ -160,6 +160,10 @@ VARIANTS = {
     "loss over logits, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, [*OVER_LOGITS]),
     "loss that is not parallel, TP2": row(2, TP2, ["--parallelism.disable_loss_parallel"]),
     "tied head, TP2": row(2, TP2, model="qwen3_tied"),
+    "tied head, FSDP2": row(2, FSDP2, model="qwen3_tied"),
+    "tied head, TP2 x FSDP2": row(4, TP2, FSDP2, model="qwen3_tied"),
+    "tied head, HSDP 2x2": row(4, REPLICATE2, FSDP2, model="qwen3_tied"),
+    "in full and tied, FSDP2": row(2, FSDP2, model="qwen3_tied", job=IN_FULL_TIED),
     "always reshard, FSDP2": row(2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
     "always reshard, TP2 x FSDP2": row(4, TP2, FSDP2, ["--parallelism.fsdp_reshard_after_forward=always"]),
     "dropout, TP2": row(2, TP2, job=DROPOUT),
@@ -273,6 +277,7 @@ QUICK = (*SIX, "DDP2", "HSDP 2x2")
 BY_HAND = (
     *(f"experts of qwen3, {layout}" for layout in ("FSDP2", "EP2", "TP2", "DDP2", "TP2 x FSDP2")),
     "experts of deepseek_v3, EP4",
+    *("tied head, TP2 x FSDP2", "tied head, HSDP 2x2"),
     *(f"PiSSA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("PiSSA, PP2 x CP2 x FSDP2", "PiSSA and full AC, TP2"),
     *(f"packed, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),

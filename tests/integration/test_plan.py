@@ -33,6 +33,9 @@ JOBS = {
     "none, dropout, rank 16, bf16": [*NO_AC, BF16, "--lora.dropout=0.1", "--lora.rank=16"],
     "MoE": [*NO_AC, *MOE],
     "packed, bf16": [*NO_AC, BF16, *WIDE, NF4],
+    "in full, bf16": [*NO_AC, BF16, "--lora.train_also=tok_embeddings,norm"],
+    "DoRA, bf16": [*NO_AC, BF16, "--lora.use_dora"],
+    "PiSSA, bf16": [*NO_AC, BF16, "--lora.init=pissa"],
 }
 
 
