@@ -52,6 +52,9 @@ class AdaptedModule(nn.Module):
     empty; exporting such an adapter is an error that names it.
     """
 
+    updates_all_owners: bool = False
+    """What the adapter adds to a weight is meant for whoever else owns that weight: a tied one is updated once."""
+
     packed_format: str = ""
     """The format of the base weights, if they are packed."""
 

@@ -21,6 +21,7 @@ from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
+from lora_converter.token_rows import TokenRows, add_token_rows, check_token_rows
 from lora_converter.trained import (
     mark_trained,
     modules_with_parameters,
@@ -57,6 +58,8 @@ def apply_lora(
     canonical_name: Callable[[str], str] = str,
     factor_class: type[LoRAFactor] = LoRAFactor,
     expert_classes: ExpertClasses = MappingProxyType({}),
+    tokens: Sequence[int] = (),
+    base_rows: int = 0,
 ) -> list[AdaptedModule]:
     """Puts an adapter on every linear and routed expert that `config` selects and freezes everything else, in place.
 
@@ -71,6 +74,8 @@ def apply_lora(
         canonical_name: A linear's name in this model -> its name on any host; the same if left out.
         factor_class: What A and B are made of; a host may need more of them.
         expert_classes: The host's classes of modules that hold routed experts.
+        tokens: Ids whose rows of the embedding and of the head train, too; rows that are not there are added.
+        base_rows: How many rows the base has, of a model with more; see `token_rows.py`.
 
     Returns:
         The adapted modules, in the model's order.
@@ -107,12 +112,14 @@ def apply_lora(
     if config.init:
         check_init(config, {fqn: (linears[fqn], configs[fqn].rank) for fqn in targets}, experts=list(weights))
     like: Any = {"dtype": dtype, "factor_class": factor_class}
+    check_token_rows(model, tokens, adapted=targets, trained=trained)
     for fqn in targets:
         add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=canonical_name(fqn), **like)
     for fqn, own in weights.items():
         module, kind = experts[fqn]
         name = canonical_name(fqn)
         add_expert_adapters(module, kind, configs[fqn], weights=own, fqn=fqn, canonical_name=name, dtype=dtype)
+    add_token_rows(model, tokens, config, base_rows=base_rows, canonical_name=canonical_name, dtype=dtype)
     mark_trained(model, trained)
     freeze_base(model)
     adapted = list(adapted_modules(model))
@@ -120,6 +127,8 @@ def apply_lora(
         if not next(iter(each.adapter_parameters().values())).is_meta:
             each.reset_adapter(seed)
             each.reset_from_base()
+            if isinstance(each, TokenRows):
+                each.begin(seed)
     tell_what_merging_means(adapted)
     return adapted
 

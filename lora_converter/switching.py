@@ -24,7 +24,8 @@ def merge_adapter(model: nn.Module) -> None:
     adapted = adapters_at_rest(model)
     if merged := _merged(adapted):
         raise ValueError(f"{len(merged)} adapters are merged already, {merged[0]} among them: unmerge_adapter first.")
-    check_not_shared(model, [f"{module.lora_fqn}.{name}" for module in adapted for name in module.merged_names()])
+    own = [module for module in adapted if not module.updates_all_owners]
+    check_not_shared(model, [f"{module.lora_fqn}.{name}" for module in own for name in module.merged_names()])
     done: list[AdaptedModule] = []
     try:
         for module in adapted:
@@ -68,7 +69,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     apart = [module for module in adapted if module.lora_unmerged is None]
     for module in apart:
         module.check_merge()
-    untie(model, [(module, name) for module in apart for name in module.merged_names()])
+    own = [module for module in apart if not module.updates_all_owners]
+    untie(model, [(module, name) for module in own for name in module.merged_names()])
     for module in adapted:
         if module.lora_unmerged is None:
             module.merge()

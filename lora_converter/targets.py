@@ -12,7 +12,7 @@ ALL_LINEAR = "all-linear"
 
 V = TypeVar("V", int, float)
 
-_OUTPUT_HEADS = {"output", "lm_head"}
+OUTPUT_HEADS = {"output", "lm_head"}
 _ROUTER_GATES = {"gate", "router"}
 
 
@@ -134,7 +134,7 @@ def matches(pattern: str, fqn: str) -> bool:
 
 def _is_head_or_router(fqn: str) -> bool:
     name = fqn.rpartition(".")[2]
-    return name in _OUTPUT_HEADS or name in _ROUTER_GATES
+    return name in OUTPUT_HEADS or name in _ROUTER_GATES
 
 
 def _names(linears: Iterable[str]) -> str:

@@ -1,0 +1,376 @@
+"""Rows of an embedding and of an output head that train while the rest is frozen, `lora.new_tokens`.
+
+    E' = E + Pᵀ d        E frozen [rows, width], d = lora_token_rows [tokens, width], P one row of a one for each token
+
+A token that the base has begins where it is, d = 0. For one that the base has not E is grown by rows of zeros, and d
+begins where transformers' `mean_resizing` puts a new row (`mean_rows`). Nothing as large as E is copied or saved: the
+embedding looks d up beside E, and the head adds a few columns to its logits.
+
+Under tensor parallelism d is whole on every rank, each of which deals with the tokens whose rows of E it has: its
+gradient is then a partial sum, as that of a whole factor (`tensor_parallel.py`). No collective is added.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from lora_converter.adapted import AdaptedModule, adapt, stable_hash
+from lora_converter.config import LoRAConfig
+from lora_converter.names import plain_modules
+from lora_converter.swap import class_below, swap_class, unswapped
+from lora_converter.targets import OUTPUT_HEADS
+from lora_converter.tensor_parallel import local_bias, local_input, local_output
+from lora_converter.tensors import copy_full_, full_tensor, local_indices, local_part
+
+EMBEDDINGS = {"tok_embeddings", "embed_tokens", "wte", "word_embeddings", "embed_in"}
+"""Last parts of the names of modules that tokens are looked up in."""
+
+ROWS = "lora_token_rows"
+"""The parameter, under every kind."""
+
+_ROWS_AT_A_TIME = 2**14
+
+
+class TokenRows(AdaptedModule):
+    """What an embedding's or a head's class gains. Made by `add_token_rows` alone.
+
+    Attributes:
+        lora_token_rows: d, (tokens, width).
+        lora_token_ids: Of which tokens, ascending.
+        lora_base_rows: How many rows the base has. Those behind are zeros in `weight`.
+    """
+
+    adapter_kind = "vocabularies"
+    adapter_parameter_names = (ROWS,)
+
+    weight: torch.Tensor
+    lora_token_rows: nn.Parameter
+    lora_token_ids: tuple[int, ...]
+    lora_base_rows: int
+    lora_rows_whole_over: DeviceMesh | None
+    lora_ids_there: dict[torch.device, torch.Tensor]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module`'s, but a tensor-parallel shard of d becomes Replicate."""
+        if name == ROWS and isinstance(param, DTensor) and param.placements == (Shard(0),):
+            self.lora_rows_whole_over = param.device_mesh
+            whole = distribute_tensor(self.lora_token_rows.detach(), param.device_mesh, [Replicate()])
+            param = nn.Parameter(whole, requires_grad=self.lora_token_rows.requires_grad)
+        super().register_parameter(name, param)
+
+    def reset_adapter(self, seed: int) -> None:
+        """d is zero until the base is known."""
+        with torch.no_grad():
+            self.lora_token_rows.zero_()
+
+    def merged_names(self) -> list[str]:
+        return ["weight"]
+
+    def local_updates(self, weight: str) -> Iterator[torch.Tensor]:
+        """Pᵀ d, some rows at a time."""
+        rows = full_tensor(self.lora_token_rows.detach()).float()
+        place = {token: k for k, token in enumerate(self.lora_token_ids)}
+        for indices in local_indices(self.weight, 0).split(_ROWS_AT_A_TIME):
+            update = rows.new_zeros(len(indices), rows.shape[1])
+            here = [(k, place[token]) for k, token in enumerate(indices.tolist()) if token in place]
+            if here:
+                update[[k for k, _ in here]] = rows[[k for _, k in here]]
+            yield update
+
+    def whole_over(self) -> dict[str, DeviceMesh]:
+        mesh = self.lora_rows_whole_over
+        return {} if mesh is None else {ROWS: mesh}
+
+    def begin(self, seed: int) -> None:
+        """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place."""
+        new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
+        if new:
+            names = [f"{seed}:{self.lora_canonical_name}:{self.lora_token_ids[k]}" for k in new]
+            base = full_tensor(self.weight.detach())[: self.lora_base_rows]
+            rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
+            rows[new] = mean_rows(base, names)
+            copy_full_(self.lora_token_rows, rows)
+
+    def remove_adapter(self) -> None:
+        for name in (ROWS, "lora_token_ids", "lora_base_rows", "lora_rows_whole_over", "lora_ids_there"):
+            delattr(self, name)
+
+    def token_ids(self, device: torch.device) -> torch.Tensor:
+        """(tokens,), int64, made once for each device."""
+        if device not in self.lora_ids_there:
+            self.lora_ids_there[device] = torch.tensor(self.lora_token_ids, device=device)
+        return self.lora_ids_there[device]
+
+    def first_row(self) -> int:
+        """Of `weight`, of those that this rank has under tensor parallelism."""
+        mesh = self.lora_rows_whole_over
+        return 0 if mesh is None else mesh.get_local_rank() * math.ceil(self.weight.shape[0] / mesh.size())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, trained rows={len(self.lora_token_ids)}"
+
+    @torch.no_grad()
+    def base_rows(self) -> torch.Tensor:
+        """The base's rows of the tokens, whole, (tokens, width), fp32. A collective, of all ranks with this weight."""
+        indices, local = local_indices(self.weight, 0), local_part(self.weight)
+        place = {int(token): k for k, token in enumerate(indices)}
+        rows = torch.zeros(len(self.lora_token_ids), local.shape[1], dtype=torch.float32, device=local.device)
+        for k, token in enumerate(self.lora_token_ids):
+            if token in place:
+                rows[k] = local[place[token]]
+        if isinstance(self.weight, DTensor):
+            mesh = self.weight.device_mesh
+            rows = rows.to(mesh.device_type)
+            for dim, placement in enumerate(self.weight.placements):
+                if not placement.is_replicate():
+                    torch.distributed.all_reduce(rows, group=mesh.get_group(dim))
+        return rows
+
+    def whole_rows(self) -> torch.Tensor:
+        """What PEFT stores: the rows themselves, (tokens, width), fp32. A collective."""
+        rows = self.base_rows()
+        return rows + full_tensor(self.lora_token_rows.detach()).to(rows)
+
+    @torch.no_grad()
+    def set_whole_rows(self, rows: torch.Tensor) -> None:
+        """The inverse. A collective."""
+        base = self.base_rows()
+        copy_full_(self.lora_token_rows, rows.to(base) - base)
+
+
+class TokenRowsEmbedding(TokenRows):
+    """An `nn.Embedding`.
+
+    Attributes:
+        lora_tied: The heads that have the same weight, and with it the same d.
+    """
+
+    lora_tied: list["TiedHead"]
+
+    @property
+    def updates_all_owners(self) -> bool:
+        return bool(self.lora_tied)
+
+    def remove_adapter(self) -> None:
+        super().remove_adapter()
+        for head in self.lora_tied:
+            head.__class__ = class_below(type(head), TiedHead)
+            del head.lora_embedding
+        del self.lora_tied
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (...), ids -> (..., width)."""
+        if not self.is_active:
+            return super().forward(input)
+        mesh = self.lora_rows_whole_over
+        if mesh is None:
+            out = super().forward(input)
+            return (out + self._rows_of(input, local_part(self.lora_token_rows))).to(out.dtype)
+        ids, weight = local_part(input), local_part(self.weight)
+        place = ids - self.first_row()
+        here = ((place >= 0) & (place < len(weight))).unsqueeze(-1)
+        out = F.embedding(place.clamp(0, len(weight) - 1), weight)
+        out = ((out + self._rows_of(ids, local_part(self.lora_token_rows))) * here).to(out.dtype)
+        return local_output(out, mesh, column_wise=False, out_features=out.shape[-1])
+
+    def _rows_of(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """d of each position; zeros for tokens that have none."""
+        tokens = self.token_ids(ids.device)
+        place = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
+        place = torch.where(tokens[place] == ids, place, len(tokens))
+        return F.embedding(place, F.pad(rows, (0, 0, 0, 1)), padding_idx=len(tokens))
+
+
+class TokenRowsHead(TokenRows):
+    """An `nn.Linear` from hidden states to logits."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., width) -> (..., rows)."""
+        return logits_of(cast(Any, self), self, input, super().forward)
+
+
+class TiedHead(nn.Module):
+    """What the class of a head gains whose weight is the embedding's: its logits have the embedding's d.
+
+    Attributes:
+        lora_embedding: The embedding, in a list so that it is no child.
+    """
+
+    lora_embedding: list[TokenRowsEmbedding]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., width) -> (..., rows)."""
+        return logits_of(cast(Any, self), self.lora_embedding[0], input, super().forward)
+
+
+def logits_of(
+    head: nn.Linear, rows: TokenRows, x: torch.Tensor, of_base: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The logits of a head, and those of d added to them in place.
+
+    Args:
+        rows: Where d is.
+        x: (..., width).
+        of_base: The head's own forward.
+    """
+    if not rows.is_active:
+        return of_base(x)
+    mesh, d = rows.lora_rows_whole_over, local_part(rows.lora_token_rows)
+    if mesh is None:
+        return _add_columns(of_base(x), x, rows.token_ids(x.device), d)
+    x, bias = local_input(x, mesh, column_wise=True), local_bias(head.bias, mesh, column_wise=True)
+    logits = F.linear(x, local_part(head.weight), bias)
+    first = rows.first_row()
+    # A slice, since ids ascend and shards are contiguous. One without a token still has a gradient, of zeros.
+    start, stop = (bisect_left(rows.lora_token_ids, row) for row in (first, first + logits.shape[-1]))
+    logits = _add_columns(logits, x, rows.token_ids(x.device)[start:stop] - first, d[start:stop])
+    return local_output(logits, mesh, column_wise=True, out_features=head.out_features)
+
+
+def _add_columns(logits: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return logits.index_add_(-1, columns, F.linear(x, rows.to(x.dtype)).to(logits.dtype))
+
+
+def vocabularies(model: nn.Module) -> dict[str, nn.Module]:
+    """Plain name -> module of a model's embedding of tokens and of its output head, as far as it has them.
+
+    Raises:
+        ValueError: There are several embeddings or heads, or one computes in a way of its own.
+    """
+    found: dict[str, nn.Module] = {}
+    for kind, names in ((nn.Embedding, EMBEDDINGS), (nn.Linear, OUTPUT_HEADS)):
+        own = {n: m for n, m in plain_modules(model) if n.rpartition(".")[2] in names and isinstance(m, kind)}
+        if len(own) > 1:
+            raise ValueError(f"lora.new_tokens: the model has several of a kind: {', '.join(own)}.")
+        for name, module in own.items():
+            if unswapped(type(module)).forward is not kind.forward or getattr(module, "max_norm", None) is not None:
+                raise ValueError(
+                    f"lora.new_tokens: {name} is a {type(module).__name__}, which computes in a way of its own."
+                )
+        found |= own
+    if not any(isinstance(module, nn.Embedding) for module in found.values()):
+        raise ValueError(f"lora.new_tokens: the model has no embedding of tokens ({', '.join(sorted(EMBEDDINGS))}).")
+    return found
+
+
+def grow(model: nn.Module, rows: int) -> None:
+    """Makes a model's embedding and head of so many rows, in place, the new ones zeros. A tied weight stays tied.
+
+    Raises:
+        ValueError: The head has a bias.
+    """
+    grown: dict[int, nn.Parameter] = {}
+    for fqn, module in vocabularies(model).items():
+        old: Any = module.weight
+        if rows <= old.shape[0]:
+            continue
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(f"lora.new_tokens: {fqn} has a bias, which is not grown.")
+        if id(old) not in grown:
+            larger = F.pad(old.detach(), (0, 0, 0, rows - old.shape[0]))
+            grown[id(old)] = nn.Parameter(larger, requires_grad=old.requires_grad)
+        module.weight = grown[id(old)]
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+
+def check_token_rows(
+    model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = (), trained: Collection[str] = ()
+) -> None:
+    """Refuses a model or settings that rows of tokens do not go with.
+
+    Args:
+        adapted: Linears that are to have an adapter.
+        trained: Modules that are to train in full.
+
+    Raises:
+        ValueError: An embedding or a head is among them, or is packed; or see `vocabularies`.
+    """
+    for fqn, module in vocabularies(model).items() if tokens else ():
+        if fqn in adapted:
+            raise ValueError(
+                f"lora.new_tokens: {fqn} is to have an adapter, and rows of its own that train. Add {fqn} to "
+                "lora.exclude_modules, or leave new_tokens out."
+            )
+        if fqn in trained:
+            raise ValueError(
+                f"lora.new_tokens: {fqn} is to train in full by lora.train_also, and rows of it by new_tokens. Leave "
+                f"{fqn} out of lora.train_also, or leave new_tokens out."
+            )
+        weight = cast(Any, module).weight
+        if not weight.is_floating_point():
+            raise ValueError(f"lora.new_tokens: {fqn} is quantized ({weight.dtype}), and no rows of it can train.")
+
+
+def add_token_rows(
+    model: nn.Module,
+    tokens: Sequence[int],
+    config: LoRAConfig,
+    *,
+    base_rows: int = 0,
+    canonical_name: Callable[[str], str] = str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Lets rows of a model's embedding and head train, in place. Those that are not there are added, as zeros.
+
+    Args:
+        tokens: Ids, in any order; none for none.
+        base_rows: How many rows the base has; as many as there are if 0.
+        canonical_name: See `apply_lora`.
+        dtype: Of d; fp32 if left out, or the weight's if that is wider.
+    """
+    if not tokens:
+        return
+    ids, embedding = tuple(sorted(set(tokens))), None
+    modules = vocabularies(model)
+    base_rows = base_rows or min(cast(Any, module).weight.shape[0] for module in modules.values())
+    grow(model, ids[-1] + 1)
+    for fqn, module in modules.items():
+        if embedding is not None and module.weight is embedding.weight:
+            tied = swap_class(module, TiedHead)
+            tied.lora_embedding = [embedding]
+            embedding.lora_tied.append(tied)
+            continue
+        kind = TokenRowsEmbedding if isinstance(module, nn.Embedding) else TokenRowsHead
+        rows: TokenRows = adapt(module, kind, config, fqn=fqn, canonical_name=canonical_name(fqn))
+        rows.lora_token_ids, rows.lora_base_rows, rows.lora_rows_whole_over = ids, base_rows, None
+        rows.lora_ids_there = {}
+        wide = dtype or torch.promote_types(rows.weight.dtype, torch.float32)
+        empty = torch.zeros(len(ids), rows.weight.shape[1], dtype=wide, device=rows.weight.device)
+        rows.lora_token_rows = nn.Parameter(empty)
+        if isinstance(rows, TokenRowsEmbedding):
+            embedding, rows.lora_tied = rows, []
+
+
+def token_rows(model: nn.Module) -> dict[str, TokenRows]:
+    """Name of d -> module, in a pipeline stage or a wrapped model too."""
+    return {f"{m.lora_fqn}.{ROWS}": m for m in model.modules() if isinstance(m, TokenRows)}
+
+
+def mean_rows(weight: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Where new rows begin: as transformers' `mean_resizing`, at the mean of the base's, and a little beside.
+
+    The noise has a billionth of the covariance of the base's rows: a sum of them, each times a normal number, which
+    has it exactly and takes no factorisation.
+
+    Args:
+        weight: The base's rows, (rows, width).
+        names: Of the new rows; decide the noise of each, so that it depends on no layout and on no other row.
+
+    Returns:
+        (len(names), width), fp32.
+    """
+    weight = weight.float()
+    mean = weight.mean(0)
+    found = []
+    for name in names:
+        generator = torch.Generator().manual_seed(stable_hash(name))
+        noise = torch.randn(len(weight), generator=generator).to(weight.device)
+        found.append(mean + math.sqrt(1e-9 / len(weight)) * (noise @ weight - noise.sum() * mean))
+    return torch.stack(found) if found else weight.new_empty(0, weight.shape[1])
