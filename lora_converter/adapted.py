@@ -52,6 +52,9 @@ class AdaptedModule(nn.Module):
     empty; exporting such an adapter is an error that names it.
     """
 
+    peft_rows: ClassVar[str] = ""
+    """The parameter that PEFT stores as trainable tokens, added to the rows of the base's weight that it belongs to."""
+
     updates_all_owners: bool = False
     """What the adapter adds to a weight is meant for whoever else owns that weight: a tied one is updated once."""
 
@@ -219,7 +222,7 @@ def check_peft_forms(adapted: Iterable[AdaptedModule]) -> None:
     Raises:
         ValueError: Some of `adapted` are of such a kind; all are named.
     """
-    if formless := [module for module in adapted if not module.peft_factors]:
+    if formless := [module for module in adapted if not (module.peft_factors or module.peft_rows)]:
         kinds = ", ".join(dict.fromkeys(module.adapter_kind for module in formless))
         names = ", ".join(module.lora_fqn for module in formless)
         raise ValueError(

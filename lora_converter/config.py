@@ -79,7 +79,16 @@ class LoRAConfig:
     """
 
     train_also_lr: float = 0.0
-    """Learning rate of the weights of train_also, which have no weight decay; that of the optimizer if 0."""
+    """
+    Learning rate of the weights of train_also and of the rows of new_tokens, which have no weight decay; that of the
+    optimizer if 0.
+    """
+
+    new_tokens: list[str] = field(default_factory=list)
+    """
+    Tokens that are added to the tokenizer, and whose rows of the embedding and of the output head train; of one that
+    the tokenizer has already the rows train, too. Rows that the base has not begin at the mean of those it has.
+    """
 
     def __post_init__(self) -> None:
         _check_rank("lora.rank", self.rank)
@@ -102,10 +111,12 @@ class LoRAConfig:
                 raise ValueError(f"lora.{name} = {getattr(self, name)!r}: must be true or false.")
         if not is_number(self.train_also_lr) or not (math.isfinite(self.train_also_lr) and self.train_also_lr >= 0):
             raise ValueError(f"lora.train_also_lr = {self.train_also_lr!r}: must be a finite number of at least 0.")
-        for name in ("target_modules", "exclude_modules", "train_also"):
+        for name in ("target_modules", "exclude_modules", "train_also", "new_tokens"):
             patterns = getattr(self, name)
             if not isinstance(patterns, list) or not all(isinstance(p, str) and p for p in patterns):
                 raise ValueError(f"lora.{name} = {patterns!r}: must be a list of non-empty strings.")
+        if twice := sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1}):
+            raise ValueError(f"lora.new_tokens: {', '.join(map(repr, twice))} stands twice.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty: name at least one linear, or use 'all-linear'.")
         for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):

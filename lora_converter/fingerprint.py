@@ -20,6 +20,7 @@ from lora_converter.names import plain_parameters
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
 from lora_converter.tensors import local_part
+from lora_converter.token_rows import grown_weights
 
 _ELEMENTS_AT_A_TIME = {"cpu": 2**17, "cuda": 2**20}
 """By kind of device: few enough for a CPU's cache, enough to make launches of kernels cheap, and few enough for
@@ -62,7 +63,7 @@ def base_sums(
     base = {name: param for name, param in plain_parameters(model) if id(param) not in adapters}
     if not base:
         return {}
-    forms = packed_formats(model)
+    forms, grown = packed_formats(model), grown_weights(model)
 
     def own_sums(name: str) -> torch.Tensor:
         if name in before_packing:
@@ -72,6 +73,8 @@ def base_sums(
 
     def shape(name: str) -> tuple[int, ...]:
         own = tuple(base[name].shape)
+        if name in grown:  # its zeros add nothing to the sums
+            return (grown[name], *own[1:])
         return FORMATS[forms[name]].weight_shape(own) if name in forms else own
 
     sums = torch.stack([own_sums(name) for name in base])

@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lora_converter.adapted import AdaptedModule, adapt, stable_hash
 from lora_converter.config import LoRAConfig
-from lora_converter.names import plain_modules
+from lora_converter.names import owners, plain_modules
 from lora_converter.swap import class_below, swap_class, unswapped
 from lora_converter.targets import OUTPUT_HEADS
 from lora_converter.tensor_parallel import local_bias, local_input, local_output
 from lora_converter.tensors import copy_full_, full_tensor, local_indices, local_part
+from lora_converter.trained import trained_parameters
 
 EMBEDDINGS = {"tok_embeddings", "embed_tokens", "wte", "word_embeddings", "embed_in"}
 """Last parts of the names of modules that tokens are looked up in."""
@@ -49,6 +50,7 @@ class TokenRows(AdaptedModule):
 
     adapter_kind = "vocabularies"
     adapter_parameter_names = (ROWS,)
+    peft_rows = ROWS
 
     weight: torch.Tensor
     lora_token_rows: nn.Parameter
@@ -351,6 +353,18 @@ def add_token_rows(
 def token_rows(model: nn.Module) -> dict[str, TokenRows]:
     """Name of d -> module, in a pipeline stage or a wrapped model too."""
     return {f"{m.lora_fqn}.{ROWS}": m for m in model.modules() if isinstance(m, TokenRows)}
+
+
+def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of all that trains at the rate of `train_also`: what it names, and rows of tokens."""
+    return trained_parameters(model) | {name: module.lora_token_rows for name, module in token_rows(model).items()}
+
+
+def grown_weights(model: nn.Module) -> dict[str, int]:
+    """Plain name of a weight that has more rows than the base's -> how many the base's has."""
+    modules = token_rows(model).values()
+    rows = {id(m.weight): m.lora_base_rows for m in modules if m.weight.shape[0] > m.lora_base_rows}
+    return {name: rows[id(param)] for name, param in owners(model) if id(param) in rows}
 
 
 def mean_rows(weight: torch.Tensor, names: Sequence[str]) -> torch.Tensor:

@@ -3,11 +3,12 @@
 The tokenizer neither adds nor cuts nor pads anything.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lora_converter.files import read_json
 
@@ -39,8 +40,11 @@ class TokenizerFolder:
         return None if token is None else self.tokenizer.token_to_id(token)
 
 
-def open_tokenizer(folder: str | Path) -> TokenizerFolder:
+def open_tokenizer(folder: str | Path, new_tokens: Sequence[str] = ()) -> TokenizerFolder:
     """Reads `tokenizer.json`, `tokenizer_config.json` and the older `special_tokens_map.json`.
+
+    Args:
+        new_tokens: Are added.
 
     Raises:
         ValueError: There is no `tokenizer.json`, it is damaged, or the files contradict each other.
@@ -62,9 +66,19 @@ def open_tokenizer(folder: str | Path) -> TokenizerFolder:
     older = read_json(folder / SPECIAL_FILE) if (folder / SPECIAL_FILE).is_file() else {}
     added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     _check_added(config, added, folder)
+    add_tokens(tokenizer, new_tokens)
+    added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     first = _first(tokenizer)
     tokenizer.post_processor = None
     return TokenizerFolder(tokenizer, _special({**older, **config}), first, frozenset(added))
+
+
+def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Adds tokens that are matched before a text is split, as they stand. What the tokenizer has keeps its id.
+
+    They are not special: what a model writes is read with them, as a parser of tool calls must.
+    """
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
 
 def _first(tokenizer: Tokenizer) -> list[int]:

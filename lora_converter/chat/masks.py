@@ -62,6 +62,7 @@ class ChatTokenizer:
         train_on: TrainOn = "assistant",
         date: datetime.date = _DATE,
         vocab_size: int | None = None,
+        new_tokens: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -70,13 +71,14 @@ class ChatTokenizer:
             template_args: Variables for the template, such as `enable_thinking`.
             date: What the template writes as today's date.
             vocab_size: Rows of the model's embedding: a token behind them is refused.
+            new_tokens: Are added to the tokenizer.
 
         Raises:
             ValueError: A file is missing or damaged, or an argument is none of those allowed. A folder without a
                 template will do for completions.
         """
         check_choice("train_on", train_on)
-        self._files = open_tokenizer(folder)
+        self._files = open_tokenizer(folder, new_tokens)
         self._tokens = Tokens(self._files)
         self._train_on, self._date, self._vocab_size = train_on, date, vocab_size
         self._warned = False

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from lora_converter.trained import trained_parameters
+from lora_converter.token_rows import trained_beside
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ class OptimizerState(Stateful):
     All optimizers of a run are built from one set of hyperparameters and their schedules step together.
 
         state.<fqn>.exp_avg     as `torch.distributed.checkpoint.state_dict` flattens it
-        param_groups.<option>   for its param_groups.<fqn>.<option> of all parameters; of those that `train_also` names,
-                            a group of its own, param_groups.train_also.<option>
+        param_groups.<option>   for its param_groups.<fqn>.<option> of all parameters; of what trains beside
+                            the adapters (`trained_beside`), a group of its own, param_groups.train_also.<option>
 
     A parameter that never got a gradient has no state. A step is saved without it, which is told once.
 
@@ -72,7 +72,7 @@ class OptimizerState(Stateful):
         self._tell_what_has_no_state()
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
-            own = trained_parameters(part)
+            own = trained_beside(part)
             with _without_empty_groups(optimizer):
                 values = get_optimizer_state_dict(part, optimizer, options=self._options)
             for name, value in values.items():
@@ -82,7 +82,7 @@ class OptimizerState(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, optimizer in self._stages:
-            own = trained_parameters(part)
+            own = trained_beside(part)
             with _without_empty_groups(optimizer):
                 names = get_optimizer_state_dict(part, optimizer, options=self._options)
                 values = {name: state_dict[_once(name, own)] for name in names}

@@ -49,6 +49,7 @@ class Description:
         packed: What of them was packed (see `PackedWeights`).
         lora: The fields of `LoRAConfig`.
         custom_import: Module that registered the model with the host; empty if the host has it.
+        tokens: Token -> id, of those whose rows train; a field of steps that have some.
         data: What the batches were made of, option -> value; empty in steps of older versions.
         converters: What else changed what the model computes, see `Job`; None in steps of older versions.
     """
@@ -62,6 +63,7 @@ class Description:
     data: dict[str, Any] = field(default_factory=dict)
     packed: dict[str, list[str]] = field(default_factory=dict)
     converters: list[str] | None = None
+    tokens: dict[str, int] = field(default_factory=dict)
 
     @staticmethod
     def of_job(
@@ -84,6 +86,7 @@ class Description:
             data=job.data,
             packed=packed_by_format(packed),
             converters=list(job.converters),
+            tokens=job.tokens,
         )
 
     @staticmethod
@@ -106,6 +109,7 @@ class Description:
             "lora": dict,
             "data": dict,
             "packed": dict,
+            "tokens": dict,
             "converters": (list, type(None)),
         }
         if not all(isinstance(value, kinds.get(name, str)) for name, value in vars(description).items()):
@@ -147,7 +151,7 @@ class Description:
             found = self._setting_differences(job, sorted(there & here), experts)
         for where, more in (("there", there - here), ("here", here - there)):
             found += [f"{len(more)} modules are adapted only {where}: {', '.join(sorted(more))}"] if more else []
-        return found + self._trained_differences(job, base)
+        return found + self._trained_differences(job, base) + self._token_differences(job)
 
     def _trained_differences(self, job: "Description", base: Iterable[str]) -> list[str]:
         modules = [name.rpartition(".")[0] for name in base]
@@ -157,6 +161,12 @@ class Description:
             for where, more in (("there", there - here), ("here", here - there))
             if more
         ]
+
+    def _token_differences(self, job: "Description") -> list[str]:
+        if sorted(self.tokens.values()) == sorted(job.tokens.values()):
+            return []
+        there, here = (", ".join(f"{token!r} ({index})" for token, index in d.tokens.items()) for d in (self, job))
+        return [f"rows of {there or 'no tokens'} train there, and of {here or 'none'} here, by lora.new_tokens"]
 
     def data_differences(self, data: dict[str, Any]) -> list[str]:
         """What the batches of this step and of a job are made of differently, one phrase each."""

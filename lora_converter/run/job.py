@@ -98,6 +98,8 @@ class Job:
         not_loaded: Parts of a step that are left out of loading: "optimizer", "dataloader", ...
         saves: Whether the run writes to its folder at all.
         data: What its batches are made of, option -> value: under other values a step's place in the data is none.
+        tokens: Token -> id, of those whose rows of the embedding and head train.
+        base_rows: How many rows the base's embedding has; the model may have more. 0 without `tokens`.
         converters: What else changes what the host's model computes, by name, in order: float8, fake quantization ...
     """
 
@@ -115,3 +117,5 @@ class Job:
     saves: bool = True
     data: dict[str, Any] = field(default_factory=dict)
     converters: tuple[str, ...] = ()
+    tokens: dict[str, int] = field(default_factory=dict)
+    base_rows: int = 0

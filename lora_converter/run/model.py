@@ -24,6 +24,7 @@ from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor, is_finite
+from lora_converter.token_rows import TokenRowsEmbedding, TokenRowsHead, grown_weights, token_rows
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -94,7 +95,7 @@ class RunModel:
     @property
     def kinds(self) -> set[type[AdaptedModule]]:
         """Kinds of adapters that this run knows by their parameters' names."""
-        return {LoRALinear, *(_kind(module) for module in self.adapted)}
+        return {LoRALinear, TokenRowsEmbedding, TokenRowsHead, *(_kind(module) for module in self.adapted)}
 
     def twins(self) -> Twins:
         """The base, to be read into, before any check of what was trained on it; sets `packed`. A collective."""
@@ -103,7 +104,8 @@ class RunModel:
         if self.host.job.config.base_format:
             own = {name: (form, FORMATS[form].weight_shape(params[name].shape)) for name, form in formats.items()}
             self.packed = merged_over_ranks(own)
-        return Twins(self.base, formats)
+        grown = {name: rows for part in self.parts for name, rows in grown_weights(part).items()}
+        return Twins(self.base, formats, {name: rows for name, rows in grown.items() if name in self.base.state_dict()})
 
     def take_fingerprint(self, before_packing: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
         """Of the base that has been loaded: that of all pipeline stages. A collective.
@@ -146,19 +148,20 @@ class RunModel:
         """The adapters of all pipeline stages as full CPU tensors on rank 0, nothing elsewhere. A collective.
 
         One tensor at a time is unsharded, by the ranks of its stage, and sent by one of them where rank 0 is none. What
-        is not sharded is the parameter itself.
+        is not sharded is the parameter itself. Of tokens it is the rows, as PEFT stores them.
 
         Args:
             dtype: Of what rank 0 keeps; a tensor that would hold inf in it keeps its own.
         """
         sends = all(mesh.get_local_rank() == 0 for name, mesh in self.host.meshes.items() if name != "pp")
         own = self.adapters.state_dict()
+        rows = {name: module for part in self.parts for name, module in token_rows(part).items()}
         forms = gather_to_first({name: (value.shape, value.dtype) for name, value in own.items()} if sends else {})
         # Weights that are offloaded are elsewhere than what sends them.
         device = self.host.meshes["pp"].device_type if "pp" in self.host.meshes else "cpu"
         gathered: dict[str, torch.Tensor] = {}
         for name, value in own.items():
-            full = full_tensor(value).detach()
+            full = rows[name].whole_rows().to(value.dtype) if name in rows else full_tensor(value).detach()
             if is_first_rank():
                 gathered[name] = _kept(full, dtype)
             elif sends:

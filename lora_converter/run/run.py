@@ -30,6 +30,7 @@ from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
 from lora_converter.run.hyperparameters import Hyperparameters
 from lora_converter.run.initial_factors import TWICE_THE_RANK, InitialFactors, begins_at_the_base
+from lora_converter.run.initial_rows import InitialRows, begins_with_new_rows
 from lora_converter.run.model import RunModel
 from lora_converter.run.preemption import Preemption
 from lora_converter.run.sources import BaseSource, Source, StepSource
@@ -184,6 +185,8 @@ class Run:
             sources.append(self._initial_adapter(self.config.initial_adapter_path))
         if begins_at_the_base(self.job, found):
             sources.append(InitialFactors(self.model))
+        if begins_with_new_rows(self.job, found):
+            sources.append(InitialRows(self.model))
         for source in sources:
             source.check()
         if self.job.saves:

@@ -15,6 +15,7 @@ from lora_converter.chat.parts import Limit
 from lora_converter.chat.rows import Rows, steps_for
 from lora_converter.figures import percent
 from lora_converter.ranks import together
+from lora_converter.titan.new_tokens import has_rows_for_all, new_tokens_of
 
 
 class ChatData:
@@ -29,7 +30,7 @@ class ChatData:
 
     def __init__(self, job_config: Any, model_args: Any):
         self.job_config, self.config = job_config, job_config.chat
-        vocab_size = getattr(model_args, "vocab_size", None)
+        vocab_size = None if has_rows_for_all(job_config) else getattr(model_args, "vocab_size", None)
         self.encoder = together(lambda: encoder_of(job_config, vocab_size))
         self.cache = self._cache("training")
         split = self.config.validation_split
@@ -103,4 +104,5 @@ def encoder_of(job_config: Any, vocab_size: int | None = None) -> ChatTokenizer:
         train_on=chat.train_on,
         date=datetime.date.fromisoformat(chat.date),
         vocab_size=vocab_size,
+        new_tokens=new_tokens_of(job_config),
     )

@@ -5,6 +5,7 @@ torchtitan's order: model on meta -> `convert` -> pipeline split (a deep copy pe
 after acts on them as on any parameter; their values come with `init_weights`.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch.nn as nn
@@ -26,6 +27,7 @@ from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.linear import linear_shapes
 from lora_converter.ranks import agreed, together
+from lora_converter.run.job import Job
 from lora_converter.run.peft_io import config_of_peft, load_peft_everywhere
 from lora_converter.swap import swap_class
 from lora_converter.titan.checks import (
@@ -46,10 +48,12 @@ from lora_converter.titan.job import NAME, job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
+from lora_converter.titan.new_tokens import make_room, trained_tokens
 from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
 from lora_converter.titan.tied import mark_tied_head
+from lora_converter.token_rows import token_rows
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -88,13 +92,14 @@ class LoRAConverter:
 
                 freeze_float8_linears(model)
             check_trained_dtype(job_config)
-            job = job_of(job_config)
+            job = self._with_tokens(job_of(job_config), model)
             if job.config.base_format:
                 pack_base(model, job, self._state_dict_adapter(model))
-            adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES)
+            rows: Any = dict(tokens=list(job.tokens.values()), base_rows=job.base_rows)
+            adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES, **rows)
             if job.exports_peft:
                 check_peft_forms(adapted)
-                self._check_results(model, [linear.lora_fqn for linear in adapted])
+                self._check_results(model, [module.lora_fqn for module in adapted if module.peft_factors])
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, job_config, self.parallel_dims)
@@ -108,11 +113,18 @@ class LoRAConverter:
         for name, others in tied_to_trained(model).items():
             logger.info(f"LoRA: {name} is {', '.join(others)} as well: one weight, trained once.")
 
+    def _with_tokens(self, job: Job, model: nn.Module) -> Job:
+        """The job, with the tokens whose rows train, for which the model has room then."""
+        rows = getattr(getattr(model, "tok_embeddings", None), "num_embeddings", 0)
+        tokens = together(lambda: trained_tokens(self.job_config, rows)) if rows or job.config.new_tokens else {}
+        return replace(job, tokens=tokens, base_rows=make_room(model, tokens, self.parallel_dims)) if tokens else job
+
     def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
         """That what is to be written at the end can be, before the training."""
         adapter, job = self._state_dict_adapter(model), job_of(self.job_config)
         linears, experts = linear_shapes(model), expert_shapes(model)
         trained = {name: tuple(param.shape) for name, param in trained_parameters(model).items()}
+        trained |= {f"{m.lora_fqn}.weight": tuple(m.weight.shape) for m in token_rows(model).values()}
         check_exportable(adapter, linears, adapted, experts, trained)
         if job.config.use_dora and adapter is not None and has_stacked_experts(model):
             own = {fqn: linears[fqn] for fqn in adapted if fqn in linears}

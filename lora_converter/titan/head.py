@@ -26,6 +26,7 @@ from lora_converter.frozen_head import default_chunk_tokens, frozen_head_loss
 from lora_converter.swap import swap_class
 from lora_converter.tensors import local_part
 from lora_converter.titan.installed import change_trainer
+from lora_converter.token_rows import TiedHead, TokenRows
 
 
 class SkippableHead(nn.Linear):
@@ -123,6 +124,8 @@ def _reason_for_logits(trainer: Any, head: nn.Module) -> str:
     step = vars(trainer).get("forward_backward_step", type(trainer).forward_backward_step)
     if getattr(getattr(step, "__code__", None), "co_filename", "") != host.origin:
         return f"{type(trainer).__name__} has a step of its own"
+    if isinstance(head, TokenRows | TiedHead):
+        return "rows of the output head train (lora.new_tokens)"
     if isinstance(head, AdaptedModule):
         return "the output head has an adapter"
     if any(param.requires_grad for param in head.parameters()):

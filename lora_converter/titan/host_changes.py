@@ -45,6 +45,12 @@ CHANGES = (
         "a dataset can bring its loader, masks and validator",
     ),
     Change(
+        "torchtitan.protocols.train_spec:get_train_spec",
+        "new_tokens:with_new_tokens",
+        "a spec's tokenizer is built from its folder alone, and lora.new_tokens are to be in it",
+        "a job can name tokens to add",
+    ),
+    Change(
         "torchtitan.config:ConfigManager.parse_args",
         "phases:read_the_command_line_late",
         "binds the command line when it is imported, and phase 2 of a job has options of its own",

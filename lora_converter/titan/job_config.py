@@ -45,6 +45,8 @@ class LoRA(RunConfig):
             self.exclude_modules = []
         if self.train_also == [""]:
             self.train_also = []
+        if self.new_tokens == [""]:
+            self.new_tokens = []
         super().__post_init__()
 
 

@@ -10,7 +10,7 @@
 4. Under pipeline parallelism that division reaches the logged loss and not the gradients, so that clipping acts on
    gradients as many times too large as the batch has tokens.
 
-5. What `train_also` names is a second group, with a rate of its own and no weight decay.
+5. What `train_also` names, and rows of tokens, are a second group, with a rate of its own and no weight decay.
 
 1, 2 and 5 are rows of `host_changes.py` without effect on other models, 3 and 4 act on the converted model's own run
 alone; the table says when each can go.
@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from lora_converter.adapted import adapter_parameters
 from lora_converter.tensor_parallel import sum_partial_gradients
 from lora_converter.titan.installed import change_trainer
-from lora_converter.trained import trained_parameters
+from lora_converter.token_rows import trained_beside
 
 _RANKS = "_gradient_is_mean_over_ranks"
 
@@ -99,10 +99,10 @@ def accept_frozen_stages(init: Any) -> Any:
     @functools.wraps(init)
     def init_container(self: Any, model_parts: Any, optimizer_cls: Any, optimizer_kwargs: Any) -> None:
         job = next((part.lora_job for part in model_parts if hasattr(part, "lora_job")), None)
-        trained = {id(p) for part in model_parts for p in trained_parameters(part).values()}
+        trained = {id(p) for part in model_parts for p in trained_beside(part).values()}
 
         def make(params: Any, **kwargs: Any) -> Optimizer:
-            if job is None or not job.config.train_also:
+            if job is None or not (job.config.train_also or job.tokens):
                 return optimizer_cls(_or_empty_group(params), **kwargs)
             # Both groups on every stage: the schedules of all are stored as one.
             groups = ([p for p in params if (id(p) in trained) == own] for own in (False, True))

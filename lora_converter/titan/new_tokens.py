@@ -1,0 +1,110 @@
+"""`[lora] new_tokens` in torchtitan: tokens in the tokenizer, rows in the model.
+
+A flavor says how many rows its model has, and the tokenizer how many tokens there are; torchtitan compares the two
+nowhere. New tokens come behind those of the tokenizer, where a base that is padded has rows for them already. Tokens
+whose ids are not below the flavor's rows get rows of their own, also without `new_tokens`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn as nn
+from torchtitan.distributed import ParallelDims
+from torchtitan.protocols import train_spec
+from torchtitan.tools.logging import logger
+
+from lora_converter.chat.folder import add_tokens
+from lora_converter.titan.job import NAME
+from lora_converter.token_rows import grow, vocabularies
+
+_TOKENIZER = "lora_tokenizer"
+
+
+def with_new_tokens(get_train_spec: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`get_train_spec`, whose specs build tokenizers that know the tokens of `[lora] new_tokens`."""
+
+    @functools.wraps(get_train_spec)
+    def get_with_new_tokens(name: str) -> Any:
+        spec = get_train_spec(name)
+        build = spec.build_tokenizer_fn
+        if build is None:
+            return spec
+
+        def build_with_new_tokens(job_config: Any) -> Any:
+            tokenizer = build(job_config)
+            if tokens := new_tokens_of(job_config):
+                add_tokens(tokenizer.tokenizer, tokens)
+            if NAME in job_config.model.converters:
+                setattr(job_config, _TOKENIZER, tokenizer)
+            return tokenizer
+
+        return dataclasses.replace(spec, build_tokenizer_fn=build_with_new_tokens)
+
+    return get_with_new_tokens
+
+
+def new_tokens_of(job_config: Any) -> list[str]:
+    """Those of a job with adapters."""
+    has_adapters = NAME in job_config.model.converters and hasattr(job_config, NAME)
+    return job_config.lora.new_tokens if has_adapters else []
+
+
+def has_rows_for_all(job_config: Any) -> bool:
+    """Whether the model of a job gets rows for all tokens that its tokenizer has."""
+    return NAME in job_config.model.converters
+
+
+def trained_tokens(job_config: Any, rows: int) -> dict[str, int]:
+    """Token -> id, of those whose rows train.
+
+    Args:
+        rows: Of the model's embedding.
+
+    Raises:
+        ValueError: The model has no tokenizer to add tokens to.
+    """
+    tokens = new_tokens_of(job_config)
+    tokenizer = getattr(job_config, _TOKENIZER, None)
+    if tokens and tokenizer is None:
+        build = train_spec.get_train_spec(job_config.model.name).build_tokenizer_fn
+        if build is None:
+            raise ValueError(f"lora.new_tokens = {tokens}: {job_config.model.name} has no tokenizer to add them to.")
+        tokenizer = build(job_config)
+    inner = getattr(tokenizer, "tokenizer", None)
+    found = {token: inner.token_to_id(token) for token in tokens} if tokens else {}
+    if inner is not None and inner.get_vocab_size() > rows:
+        found |= {token: index for token, index in inner.get_vocab().items() if index >= rows}
+    return dict(sorted(found.items(), key=lambda entry: entry[1]))
+
+
+def make_room(model: nn.Module, tokens: dict[str, int], parallel_dims: ParallelDims) -> int:
+    """Gives a model rows for tokens, on the meta device.
+
+    Returns:
+        How many rows it had.
+
+    Raises:
+        ValueError: The model or the layout cannot have them.
+    """
+    modules = vocabularies(model)
+    if "tok_embeddings" not in modules or len({id(module.weight) for module in modules.values()}) < len(modules):
+        if parallel_dims.pp_enabled:
+            raise ValueError(
+                "lora.new_tokens with a tied output head and pipeline parallelism: the embedding and the head are on "
+                "other stages, each with rows of its own. Leave out parallelism.pipeline_parallel_degree."
+            )
+    rows = min(int(module.weight.shape[0]) for module in modules.values())  # type: ignore[operator,index]
+    wanted = max(rows, max(tokens.values()) + 1)
+    if wanted > rows:
+        grow(model, wanted)
+        host: Any = model
+        host.vocab_size = wanted
+        host.model_args = dataclasses.replace(host.model_args, vocab_size=wanted)
+    there = sum(index < rows for index in tokens.values())
+    logger.info(
+        f"LoRA: rows of {len(tokens)} tokens train, {there} of them of the base's {rows:,} rows and "
+        f"{len(tokens) - there} new ones; the vocabulary has {wanted:,}."
+    )
+    return rows
