@@ -53,10 +53,10 @@ class AdaptedModule(nn.Module):
     """
 
     peft_rows: ClassVar[str] = ""
-    """The parameter that PEFT stores as trainable tokens, added to the rows of the base's weight that it belongs to."""
+    """The parameter that PEFT stores as trainable tokens, together with the base's rows that it is added to."""
 
     updates_all_owners: bool = False
-    """What the adapter adds to a weight is meant for whoever else owns that weight: a tied one is updated once."""
+    """An update of a weight is meant for whoever else owns it."""
 
     packed_format: str = ""
     """The format of the base weights, if they are packed."""

@@ -16,12 +16,13 @@ from lora_converter.dora import add_dora, check_takes_magnitude
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.fake_quantized import tell_what_merging_means
 from lora_converter.linear import add_adapter, linears_of
+from lora_converter.new_tokens import add_token_rows, check_token_rows
 from lora_converter.offset import add_offset, check_init
 from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
-from lora_converter.token_rows import TokenRows, add_token_rows, check_token_rows
+from lora_converter.token_rows import TokenRows
 from lora_converter.trained import (
     mark_trained,
     modules_with_parameters,

@@ -140,6 +140,11 @@ def _common_base(adapters: Sequence[PeftAdapter], names: Sequence[str], *, accep
 
 def _settled(adapter: PeftAdapter, name: str, base: str | Path | None) -> PeftAdapter:
     """The adapter without copies of base weights, its experts as the base stores them if the base is known."""
+    if adapter.token_rows:
+        raise ValueError(
+            f"{name} has trained rows of tokens ({', '.join(adapter.token_rows)}), which are not summed. Merge it with "
+            "`lora-converter merge`, and train the others on the result."
+        )
     if base is not None:
         plan = plan_merge(open_model(base), adapter, name)
         if plan.replaced:

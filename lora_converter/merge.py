@@ -23,9 +23,11 @@ from lora_converter.files import appears_complete, read_json
 from lora_converter.hf.base_as import AsPacked, tell_of_packed
 from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
 from lora_converter.hf.magnitudes import row_scales
-from lora_converter.hf.merge_plan import MergePlan, Update, plan_merge
+from lora_converter.hf.merge_keys import MergePlan, Update
+from lora_converter.hf.merge_plan import plan_merge
 from lora_converter.hf.peft_adapter import PeftAdapter, delta_factors
 from lora_converter.hf.peft_directory import load_peft
+from lora_converter.hf.tokenizer_files import copy_tokenizer
 from lora_converter.tensors import is_finite
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ def merge_directories(
         for shard in tqdm(model.shards, desc="merging", unit="shard"):
             _merge_shard(model, shard, draft / shard.name, plan, dtype)
         _copy_the_rest(base, draft)
+        if peft.token_rows and not copy_tokenizer(adapter, draft):
+            logger.warning("%s has no tokenizer, so the merged model has the base's, without new tokens.", adapter)
         _describe(model, draft, plan, dtype)
         record = {
             "adapter": str(adapter),

@@ -23,8 +23,10 @@ from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_peft, update_peft
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
+from lora_converter.hf.trained_tokens import TokenRows, module_in
 from lora_converter.linear import LoRALinear
 from lora_converter.names import plain_modules, plain_parameters
+from lora_converter.new_tokens import token_rows
 from lora_converter.offset import OffsetLinear, make_plain
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
@@ -68,6 +70,7 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
     (rank, _), (alpha, _) = ranks.most_common(1)[0], alphas.most_common(1)[0]
     config = next(iter(configs.values()))
     saved = {name: state[name] for name in trained_parameters(model)}
+    tokens = {m.lora_fqn: TokenRows([*m.lora_token_ids], m.whole_rows()) for m in token_rows(model).values()}
     saved |= {other: saved[name] for name, others in tied_to_trained(model).items() for other in others}
     as_parameters = linears_like_experts(names) if has_stacked_experts(model) else []
     check_no_magnitudes_of_parameters(config.use_dora, as_parameters)
@@ -81,11 +84,12 @@ def from_model(model: nn.Module, *, base_model: str = "") -> PeftAdapter:
         base_model=base_model,
         fan_in_fan_out=any(isinstance(module, LoRALinear) and module.lora_transposed for module in adapted),
         packed=_packed_base(model),
-        alphas={fqn: own.alpha for fqn, own in configs.items() if own.alpha != alpha},
+        alphas={fqn: own.alpha for fqn, own in configs.items() if own.alpha != alpha and fqn not in tokens},
         target_parameters=[f"{module}.weight" for module in as_parameters],
         base_weights=saved,
         modules_to_save=modules_of_keys(saved),
         magnitudes={module.lora_fqn: module.magnitude() for module in adapted if isinstance(module, DoRALinear)},
+        token_rows=tokens,
     )
 
 
@@ -118,11 +122,35 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     a, b = LoRALinear.adapter_parameter_names
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
     state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
+    state |= {n: w for n, w in adapter.base_weights.items() if n in trained}
+    load_adapter_state_dict(model, state | _magnitude_changes(adapter, model) | _token_rows(adapter, model))
+
+
+def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is added to the norms of the model's rows, of an adapter that has DoRA's magnitudes themselves."""
     with_magnitude = {m.lora_fqn: m for m in adapted_modules(model) if isinstance(m, DoRALinear)}
+    found: dict[str, torch.Tensor] = {}
     for fqn, own in adapter.magnitudes.items():
         norms = with_magnitude[fqn].row_norms() if fqn in with_magnitude else torch.zeros(())
-        state[f"{fqn}.{CHANGE}"] = own.to(norms.device, torch.float32) - norms
-    load_adapter_state_dict(model, state | {n: w for n, w in adapter.base_weights.items() if n in trained})
+        found[f"{fqn}.{CHANGE}"] = own.to(norms.device, torch.float32) - norms
+    return found
+
+
+def _token_rows(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What is added to the model's rows of tokens, of an adapter that has the rows themselves."""
+    found: dict[str, torch.Tensor] = {}
+    there = {module: sorted(rows.ids) for module, rows in adapter.token_rows.items()}
+    for name, module in token_rows(model).items():
+        rows = module_in(adapter.token_rows, module.lora_fqn)
+        if rows is not None and sorted(rows.ids) == [*module.lora_token_ids]:
+            base = module.base_rows()
+            found[name] = rows.ascending.to(base) - base
+    if len(found) < max(len(there), len(token_rows(model))):
+        raise ValueError(
+            f"The adapter has trained rows of tokens of {there or 'no module'}, and the model of others: give "
+            f"apply_lora tokens = {next(iter(there.values()), [])}."
+        )
+    return found
 
 
 def _packed_base(model: nn.Module) -> PackedBase | None:

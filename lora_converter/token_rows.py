@@ -12,7 +12,7 @@ gradient is then a partial sum, as that of a whole factor (`tensor_parallel.py`)
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -21,17 +21,12 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lora_converter.adapted import AdaptedModule, adapt, stable_hash
-from lora_converter.config import LoRAConfig
-from lora_converter.names import owners, plain_modules
-from lora_converter.swap import class_below, swap_class, unswapped
-from lora_converter.targets import OUTPUT_HEADS
+from lora_converter.adapted import AdaptedModule
+from lora_converter.names import stable_hash
+from lora_converter.swap import class_below
 from lora_converter.tensor_parallel import local_bias, local_input, local_output
 from lora_converter.tensors import copy_full_, full_tensor, local_indices, local_part
-from lora_converter.trained import trained_parameters
-
-EMBEDDINGS = {"tok_embeddings", "embed_tokens", "wte", "word_embeddings", "embed_in"}
-"""Last parts of the names of modules that tokens are looked up in."""
+from lora_converter.vocabulary import mean_rows
 
 ROWS = "lora_token_rows"
 """The parameter, under every kind."""
@@ -94,10 +89,10 @@ class TokenRows(AdaptedModule):
         """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place."""
         new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
         if new:
-            names = [f"{seed}:{self.lora_canonical_name}:{self.lora_token_ids[k]}" for k in new]
+            seeds = [stable_hash(f"{seed}:{self.lora_canonical_name}:{self.lora_token_ids[k]}") for k in new]
             base = full_tensor(self.weight.detach())[: self.lora_base_rows]
             rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
-            rows[new] = mean_rows(base, names)
+            rows[new] = mean_rows(base, seeds)
             copy_full_(self.lora_token_rows, rows)
 
     def remove_adapter(self) -> None:
@@ -156,16 +151,13 @@ class TokenRowsEmbedding(TokenRows):
 
     lora_tied: list["TiedHead"]
 
-    @property
-    def updates_all_owners(self) -> bool:
-        return bool(self.lora_tied)
-
     def remove_adapter(self) -> None:
         super().remove_adapter()
         for head in self.lora_tied:
             head.__class__ = class_below(type(head), TiedHead)
             del head.lora_embedding
         del self.lora_tied
+        self.__dict__.pop("updates_all_owners", None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (...), ids -> (..., width)."""
@@ -238,153 +230,3 @@ def logits_of(
 
 def _add_columns(logits: torch.Tensor, x: torch.Tensor, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return logits.index_add_(-1, columns, F.linear(x, rows.to(x.dtype)).to(logits.dtype))
-
-
-def vocabularies(model: nn.Module) -> dict[str, nn.Module]:
-    """Plain name -> module of a model's embedding of tokens and of its output head, as far as it has them.
-
-    Raises:
-        ValueError: There are several embeddings or heads, or one computes in a way of its own.
-    """
-    found: dict[str, nn.Module] = {}
-    for kind, names in ((nn.Embedding, EMBEDDINGS), (nn.Linear, OUTPUT_HEADS)):
-        own = {n: m for n, m in plain_modules(model) if n.rpartition(".")[2] in names and isinstance(m, kind)}
-        if len(own) > 1:
-            raise ValueError(f"lora.new_tokens: the model has several of a kind: {', '.join(own)}.")
-        for name, module in own.items():
-            if unswapped(type(module)).forward is not kind.forward or getattr(module, "max_norm", None) is not None:
-                raise ValueError(
-                    f"lora.new_tokens: {name} is a {type(module).__name__}, which computes in a way of its own."
-                )
-        found |= own
-    if not any(isinstance(module, nn.Embedding) for module in found.values()):
-        raise ValueError(f"lora.new_tokens: the model has no embedding of tokens ({', '.join(sorted(EMBEDDINGS))}).")
-    return found
-
-
-def grow(model: nn.Module, rows: int) -> None:
-    """Makes a model's embedding and head of so many rows, in place, the new ones zeros. A tied weight stays tied.
-
-    Raises:
-        ValueError: The head has a bias.
-    """
-    grown: dict[int, nn.Parameter] = {}
-    for fqn, module in vocabularies(model).items():
-        old: Any = module.weight
-        if rows <= old.shape[0]:
-            continue
-        if getattr(module, "bias", None) is not None:
-            raise ValueError(f"lora.new_tokens: {fqn} has a bias, which is not grown.")
-        if id(old) not in grown:
-            larger = F.pad(old.detach(), (0, 0, 0, rows - old.shape[0]))
-            grown[id(old)] = nn.Parameter(larger, requires_grad=old.requires_grad)
-        module.weight = grown[id(old)]
-        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
-
-
-def check_token_rows(
-    model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = (), trained: Collection[str] = ()
-) -> None:
-    """Refuses a model or settings that rows of tokens do not go with.
-
-    Args:
-        adapted: Linears that are to have an adapter.
-        trained: Modules that are to train in full.
-
-    Raises:
-        ValueError: An embedding or a head is among them, or is packed; or see `vocabularies`.
-    """
-    for fqn, module in vocabularies(model).items() if tokens else ():
-        if fqn in adapted:
-            raise ValueError(
-                f"lora.new_tokens: {fqn} is to have an adapter, and rows of its own that train. Add {fqn} to "
-                "lora.exclude_modules, or leave new_tokens out."
-            )
-        if fqn in trained:
-            raise ValueError(
-                f"lora.new_tokens: {fqn} is to train in full by lora.train_also, and rows of it by new_tokens. Leave "
-                f"{fqn} out of lora.train_also, or leave new_tokens out."
-            )
-        weight = cast(Any, module).weight
-        if not weight.is_floating_point():
-            raise ValueError(f"lora.new_tokens: {fqn} is quantized ({weight.dtype}), and no rows of it can train.")
-
-
-def add_token_rows(
-    model: nn.Module,
-    tokens: Sequence[int],
-    config: LoRAConfig,
-    *,
-    base_rows: int = 0,
-    canonical_name: Callable[[str], str] = str,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Lets rows of a model's embedding and head train, in place. Those that are not there are added, as zeros.
-
-    Args:
-        tokens: Ids, in any order; none for none.
-        base_rows: How many rows the base has; as many as there are if 0.
-        canonical_name: See `apply_lora`.
-        dtype: Of d; fp32 if left out, or the weight's if that is wider.
-    """
-    if not tokens:
-        return
-    ids, embedding = tuple(sorted(set(tokens))), None
-    modules = vocabularies(model)
-    base_rows = base_rows or min(cast(Any, module).weight.shape[0] for module in modules.values())
-    grow(model, ids[-1] + 1)
-    for fqn, module in modules.items():
-        if embedding is not None and module.weight is embedding.weight:
-            tied = swap_class(module, TiedHead)
-            tied.lora_embedding = [embedding]
-            embedding.lora_tied.append(tied)
-            continue
-        kind = TokenRowsEmbedding if isinstance(module, nn.Embedding) else TokenRowsHead
-        rows: TokenRows = adapt(module, kind, config, fqn=fqn, canonical_name=canonical_name(fqn))
-        rows.lora_token_ids, rows.lora_base_rows, rows.lora_rows_whole_over = ids, base_rows, None
-        rows.lora_ids_there = {}
-        wide = dtype or torch.promote_types(rows.weight.dtype, torch.float32)
-        empty = torch.zeros(len(ids), rows.weight.shape[1], dtype=wide, device=rows.weight.device)
-        rows.lora_token_rows = nn.Parameter(empty)
-        if isinstance(rows, TokenRowsEmbedding):
-            embedding, rows.lora_tied = rows, []
-
-
-def token_rows(model: nn.Module) -> dict[str, TokenRows]:
-    """Name of d -> module, in a pipeline stage or a wrapped model too."""
-    return {f"{m.lora_fqn}.{ROWS}": m for m in model.modules() if isinstance(m, TokenRows)}
-
-
-def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of all that trains at the rate of `train_also`: what it names, and rows of tokens."""
-    return trained_parameters(model) | {name: module.lora_token_rows for name, module in token_rows(model).items()}
-
-
-def grown_weights(model: nn.Module) -> dict[str, int]:
-    """Plain name of a weight that has more rows than the base's -> how many the base's has."""
-    modules = token_rows(model).values()
-    rows = {id(m.weight): m.lora_base_rows for m in modules if m.weight.shape[0] > m.lora_base_rows}
-    return {name: rows[id(param)] for name, param in owners(model) if id(param) in rows}
-
-
-def mean_rows(weight: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
-    """Where new rows begin: as transformers' `mean_resizing`, at the mean of the base's, and a little beside.
-
-    The noise has a billionth of the covariance of the base's rows: a sum of them, each times a normal number, which
-    has it exactly and takes no factorisation.
-
-    Args:
-        weight: The base's rows, (rows, width).
-        names: Of the new rows; decide the noise of each, so that it depends on no layout and on no other row.
-
-    Returns:
-        (len(names), width), fp32.
-    """
-    weight = weight.float()
-    mean = weight.mean(0)
-    found = []
-    for name in names:
-        generator = torch.Generator().manual_seed(stable_hash(name))
-        noise = torch.randn(len(weight), generator=generator).to(weight.device)
-        found.append(mean + math.sqrt(1e-9 / len(weight)) * (noise @ weight - noise.sum() * mean))
-    return torch.stack(found) if found else weight.new_empty(0, weight.shape[1])

@@ -56,10 +56,7 @@ def open_tokenizer(folder: str | Path, new_tokens: Sequence[str] = ()) -> Tokeni
             f"{folder} has no {TOKENIZER_FILE}. Copy it from the model's Hugging Face folder, or write one with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"{path} is no tokenizer: {error}") from error
+    tokenizer = open_whole(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -71,6 +68,19 @@ def open_tokenizer(folder: str | Path, new_tokens: Sequence[str] = ()) -> Tokeni
     first = _first(tokenizer)
     tokenizer.post_processor = None
     return TokenizerFolder(tokenizer, _special({**older, **config}), first, frozenset(added))
+
+
+def open_whole(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a folder with everything that its file says.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    path = Path(folder) / TOKENIZER_FILE
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:

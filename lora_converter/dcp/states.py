@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from lora_converter.token_rows import trained_beside
+from lora_converter.new_tokens import trained_beside
 
 logger = logging.getLogger(__name__)
 

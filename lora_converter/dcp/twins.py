@@ -41,9 +41,7 @@ class Twins:
         sums: Of each packed weight that has been filled, what this rank adds to the fingerprint.
     """
 
-    def __init__(
-        self, base: ModelSubset, formats: Mapping[str, str], grown: Mapping[str, int] = MappingProxyType({})
-    ):
+    def __init__(self, base: ModelSubset, formats: Mapping[str, str], grown: Mapping[str, int] = MappingProxyType({})):
         self._base, self.formats, self._grown = base, formats, grown
         self.stored_packed: set[str] = set()
         self.sums: dict[str, torch.Tensor] = {}

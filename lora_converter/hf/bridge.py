@@ -24,6 +24,8 @@ from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.hf.saved_modules import modules_of_keys, to_hf_keys
+from lora_converter.hf.trained_tokens import to_hf_modules
+from lora_converter.token_rows import ROWS
 
 _NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
@@ -68,6 +70,7 @@ def to_peft(
     base_model: str = "",
     base_fingerprint: str = "",
     packed: PackedBase | None = None,
+    tokens: Iterable[int] = (),
 ) -> PeftAdapter:
     """Full adapter tensors in the host's names -> an adapter in Hugging Face's.
 
@@ -82,6 +85,7 @@ def to_peft(
         magnitudes: Adapted weight -> DoRA's magnitudes, (out_features).
         has_experts: The model has routed experts, see `linears_like_experts`.
         packed: The weights of the base that are packed, see `packed_base`.
+        tokens: Whose rows trained. `state_dict` has the rows, under the names of what is added to the base's.
 
     Raises:
         ValueError: The host cannot express a weight in Hugging Face's terms.
@@ -122,6 +126,8 @@ def to_peft(
         parameters += [part.name for part in module.parts if part.expert is None and part.name in found]
         if swapped := [part.name for part in module.parts if part.is_swapped and part.name in found]:
             logger.warning(_SWAPPED, ", ".join(swapped))
+    names_of_rows = [name for name in state_dict if name.endswith(f".{ROWS}")]
+    rows = {f"{name.removesuffix(ROWS)}weight": state_dict.pop(name) for name in names_of_rows}
     saved = to_hf_keys(adapter, state_dict)
     return PeftAdapter(
         factors=dict(sorted(factors.items())),
@@ -138,6 +144,7 @@ def to_peft(
         base_weights=saved,
         modules_to_save=modules_of_keys(saved),
         magnitudes=own_magnitudes,
+        token_rows=to_hf_modules(adapter, rows, tokens),
     )
 
 

@@ -1,6 +1,6 @@
 """An adapter in Hugging Face's names: what a PEFT directory holds, in memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,10 +8,12 @@ import torch
 
 from lora_converter.config import scaling
 from lora_converter.hf.aliases import Aliases
+from lora_converter.hf.folder import FLOATS
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_config import PEFT_VERSION
 from lora_converter.hf.peft_patterns import patterns_of
 from lora_converter.hf.stacked import is_weight, stacked_names
+from lora_converter.hf.trained_tokens import FIELD, TokenRows, to_setting
 from lora_converter.tensors import is_finite
 
 
@@ -55,6 +57,8 @@ class PeftAdapter:
     """Modules of which `base_weights` has what was trained, as PEFT matches them: ends of names."""
     magnitudes: dict[str, torch.Tensor] = field(default_factory=dict)
     """Module -> DoRA's magnitude of each row, (out_features), of all modules or of none."""
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)
+    """Embedding or head -> rows of single tokens that were trained."""
     peft_version: str = PEFT_VERSION
     """Whose rules tell which way round factors of stacked experts are; empty of a file that does not say."""
 
@@ -136,6 +140,21 @@ def delta_factors(a: torch.Tensor, b: torch.Tensor, *, transposed: bool) -> tupl
     return (a.mT, b.mT) if transposed else (b, a)
 
 
+def check_factors(adapter: PeftAdapter, ranks: Mapping[str, int], what: str) -> None:
+    """Refuses factors that do not fit together, or have another rank than `ranks` gives to their module."""
+    for module, (a, b) in adapter.factors.items():
+        rank = ranks[module]
+        shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
+        fit = a.ndim == b.ndim and a.shape[-2] == b.shape[-1] == rank and a.shape[:-2] == b.shape[:-2]
+        if a.ndim not in (2, 3) or not fit:
+            why = ""
+            if rank != adapter.rank:
+                why += f" It is rank_pattern that gives it r = {rank}: the first key that matches counts, as in PEFT."
+            raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{why}")
+        if not {a.dtype, b.dtype} <= FLOATS.keys():
+            raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")
+
+
 def base_weights_in_training(what: str, base_weights: Iterable[str]) -> str:
     """What to say of an adapter that brings weights of the base where adapters alone are read."""
     return (
@@ -173,6 +192,7 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
         "r": adapter.rank,
         "target_modules": sorted(adapter.target_modules),
         "task_type": "CAUSAL_LM",
+        **({FIELD: to_setting(adapter.token_rows)} if adapter.token_rows else {}),
         "use_dora": bool(adapter.magnitudes),
         "use_rslora": adapter.use_rslora,
     }

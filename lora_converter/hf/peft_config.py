@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_converter.files import REPLACED, read_json
+from lora_converter.hf.trained_tokens import is_setting
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -135,7 +136,11 @@ FIELDS: dict[str, Field] = {
         _A_NAME_LIST,
         _is_name_list,
     ),
-    "trainable_token_indices": _refused("rows of the embedding were trained and are stored beside"),
+    "trainable_token_indices": _read(
+        "tokens whose rows were trained, of the embedding or of each of some modules; the rows are stored beside",
+        "a list of ids, or a table from modules to such",
+        lambda value: value in _OFF or is_setting(value),
+    ),
     "use_qalora": _refused("A sees pooled inputs (QA-LoRA)"),
     "use_bdlora": _refused("factors are block-diagonal"),
     "alora_invocation_tokens": _refused("the adapter acts from these tokens on alone (aLoRA)"),

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
-from lora_converter.hf.folder import FLOATS, read_header, write_tensors
+from lora_converter.hf.folder import read_header, write_tensors
 from lora_converter.hf.magnitudes import check_magnitudes, magnitudes_in_file, take_magnitudes
 from lora_converter.hf.packed_base import PackedBase
-from lora_converter.hf.peft_adapter import PeftAdapter, config_of
+from lora_converter.hf.peft_adapter import PeftAdapter, check_factors, config_of
 from lora_converter.hf.peft_config import (
     CONFIG_FILE,
     DEFAULT_ALPHA,
@@ -36,6 +36,7 @@ from lora_converter.hf.peft_config import (
 from lora_converter.hf.peft_patterns import match_pattern
 from lora_converter.hf.saved_modules import is_saved
 from lora_converter.hf.stacked import from_file, in_file, keys_in_file
+from lora_converter.hf.trained_tokens import FIELD, take_token_rows, to_file
 from lora_converter.names import without_wrappers
 from lora_converter.tensors import is_finite
 
@@ -66,11 +67,17 @@ def is_peft_directory(path: str | Path) -> bool:
 
 
 def save_peft(
-    adapter: PeftAdapter, folder: str | Path, *, dtype: torch.dtype = torch.float32, replace: bool = False
+    adapter: PeftAdapter,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    replace: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a PEFT directory: beside its place first, moved there when it is complete.
 
     Args:
+        beside: Writes more files into the folder.
         replace: A PEFT directory at `folder` gives way to the new one; without it, and for anything else, it stays.
 
     Raises:
@@ -81,7 +88,7 @@ def save_peft(
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if occupied and not (replace and is_peft_directory(folder)):
         raise FileExistsError(f"{folder} exists already. Remove it, or name another folder for the adapter.")
-    _check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
+    check_factors(adapter, {m: adapter.rank_of(m) for m in adapter.factors}, str(folder))
     check_magnitudes(adapter, str(folder), use_dora=bool(adapter.magnitudes))
     tensors = _FileTensors(adapter, dtype)
     if broken := [name for name in tensors if not is_finite(tensors[name]) and is_finite(tensors.original(name))]:
@@ -91,6 +98,8 @@ def save_peft(
         of_base |= adapter.packed.to_metadata() if adapter.packed else {}
         write_tensors(draft / WEIGHTS_FILE, tensors, {"format": "pt", **of_base})
         (draft / CONFIG_FILE).write_text(json.dumps(config_of(adapter), indent=2, sort_keys=True))
+        if beside:
+            beside(draft)
 
 
 class _FileTensors(Mapping[str, torch.Tensor]):
@@ -99,7 +108,8 @@ class _FileTensors(Mapping[str, torch.Tensor]):
     def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
         self._dtype, self._factors = dtype, adapter.factors
         saved = {k: w for k, w in adapter.base_weights.items() if is_saved(k, adapter.modules_to_save)}
-        self._beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes_in_file(adapter) | saved).items()}
+        beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes_in_file(adapter) | saved).items()}
+        self._beside = beside | to_file(adapter.token_rows)
         keys = sorted(keys_in_file(adapter.factors).items())
         self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
 
@@ -156,6 +166,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     tensors, metadata = _read_tensors(folder)
     saved = as_list(config.get("modules_to_save"))
     magnitudes = take_magnitudes(tensors)
+    token_rows = take_token_rows(tensors, config.get(FIELD), folder / WEIGHTS_FILE)
     pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE, saved)
     rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))
     patterns, what = config.get("rank_pattern") or {}, f"{folder / CONFIG_FILE}: rank_pattern"
@@ -180,9 +191,10 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         base_weights=base_weights,
         modules_to_save=saved,
         magnitudes=magnitudes,
+        token_rows=token_rows,
         peft_version=config.get("peft_version") or "",
     )
-    _check_factors(adapter, ranks, str(folder))
+    check_factors(adapter, ranks, str(folder))
     check_magnitudes(adapter, str(folder / CONFIG_FILE), use_dora=bool(config.get("use_dora")))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
@@ -233,18 +245,3 @@ def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
         return load_file(path), metadata
     except (SafetensorError, OSError, ValueError) as e:
         raise ValueError(f"{path} is damaged or no safetensors file ({e}).") from None
-
-
-def _check_factors(adapter: PeftAdapter, ranks: Mapping[str, int], what: str) -> None:
-    """Refuses factors that do not fit together, or have another rank than `ranks` gives to their module."""
-    for module, (a, b) in adapter.factors.items():
-        rank = ranks[module]
-        shapes = f"{module}: lora_A is {tuple(a.shape)}, lora_B is {tuple(b.shape)}"
-        fit = a.ndim == b.ndim and a.shape[-2] == b.shape[-1] == rank and a.shape[:-2] == b.shape[:-2]
-        if a.ndim not in (2, 3) or not fit:
-            why = ""
-            if rank != adapter.rank:
-                why += f" It is rank_pattern that gives it r = {rank}: the first key that matches counts, as in PEFT."
-            raise ValueError(f"{what}: {shapes}; with r = {rank} they must be (r, in) and (out, r).{why}")
-        if not {a.dtype, b.dtype} <= FLOATS.keys():
-            raise ValueError(f"{what}: {module}: factors are {a.dtype} and {b.dtype}; they must be floating point.")

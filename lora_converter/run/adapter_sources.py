@@ -4,6 +4,7 @@ AdapterSource    another run's step folder: its adapters alone
 PeftSource       a PEFT directory
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora_converter.adapted import check_peft_forms
+from lora_converter.adapted import check_peft_forms, reshard
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dora import CHANGE, DoRALinear
@@ -19,8 +20,10 @@ from lora_converter.fit import Misfit
 from lora_converter.hf.bridge import from_peft
 from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.naming import StateDictAdapter
-from lora_converter.hf.peft_adapter import base_weights_in_training
+from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
+from lora_converter.hf.tokenizer_files import tokens_named
+from lora_converter.hf.trained_tokens import module_in
 from lora_converter.ranks import agreed, together, union_over_ranks
 from lora_converter.run.base_identity import (
     PackedWeights,
@@ -32,12 +35,11 @@ from lora_converter.run.base_identity import (
 from lora_converter.run.description import (
     DESCRIPTION,
     Description,
-    adapters_in,
     check_same_run,
 )
 from lora_converter.run.model import RunModel
 from lora_converter.run.peft_io import load_peft_everywhere, trained_in
-from lora_converter.run.steps import Step
+from lora_converter.run.steps import Step, adapters_in
 from lora_converter.tensors import copy_full_, full_tensor
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class PeftSource:
         there = replace(description, lora={**description.lora, **peft.settings, "train_also": sorted(in_full)})
         here = replace(description, lora={**description.lora, "train_also": modules_of_keys(trained)})
         check_same_run(self._path, there, here, there=adapted, here=adapted, experts=experts, base=model.base_names())
+        self._rows = self._rows_of_tokens(peft, adapter)
         self._copies = {name: value for name, value in copies.items() if name not in trained}
         self._trained = {name: value for name, value in copies.items() if name in trained}
         misfit = Misfit()
@@ -112,6 +115,24 @@ class PeftSource:
             adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored
         )
         self._base_fingerprint = peft.base_fingerprint
+
+    def _rows_of_tokens(self, peft: PeftAdapter, adapter: StateDictAdapter) -> dict[str, torch.Tensor]:
+        """Weights of this rank -> the rows of tokens that the directory has; none for a directory without any."""
+        job, found = self._model.host.job, {}
+        there = sorted({token for each in peft.token_rows.values() for token in each.ids})
+        if there and there != sorted(job.tokens.values()):
+            names = tokens_named(self._path, there)
+            raise ValueError(
+                f"{ADAPTER_OPTION}: {self._path} has trained rows of the tokens {there}, and of "
+                f"{sorted(job.tokens.values())} they train here. Set lora.new_tokens = {json.dumps(names)}."
+            )
+        for weight, module in self._model.token_modules().items() if there else ():
+            (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
+            rows = module_in(peft.token_rows, key.removesuffix(".weight"))
+            if rows is None:
+                raise ValueError(f"{ADAPTER_OPTION}: {self._path} has no rows of tokens for {key}, which train here.")
+            found[weight] = rows.ascending
+        return found
 
     def load(self) -> None:
         """Copies each rank's part, once the base is known to be the adapter's."""
@@ -125,8 +146,12 @@ class PeftSource:
                 self._state_dict[f"{module.lora_fqn}.{CHANGE}"] = change
         for name, param in self._model.adapters.state_dict().items():
             value = self._state_dict.get(name, self._trained.get(name))
-            if value is not None:  # else of train_also, and the base's is there
+            if value is not None:  # else of train_also or new_tokens, and the base's is there
                 copy_full_(param, value)
+        for part in self._model.parts if self._rows else ():
+            reshard(part)
+        for weight, module in self._model.token_modules().items() if self._rows else ():
+            module.set_whole_rows(self._rows[weight])
 
 
 def _copies_of_base(

@@ -11,9 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
-
-from lora_converter.adapted import AdaptedModule, modules_of
 from lora_converter.adapters import configs_of
 from lora_converter.config import LoRAConfig
 from lora_converter.files import read_json, write_whole
@@ -197,26 +194,6 @@ class Description:
         if not own:
             lora["expert_rank"] = 0
         return configs_of(LoRAConfig(**lora), [fqn for fqn in fqns if fqn not in experts], own)
-
-
-def adapters_in(
-    stored: Metadata, kinds: Iterable[type[AdaptedModule]], base: Iterable[str], *, ours: Iterable[str] = ()
-) -> tuple[list[str], list[str]]:
-    """The adapted modules of a step, and what else it holds of a model that is not the base's.
-
-    Args:
-        kinds: Kinds of adapted modules whose parameters are known.
-        base: Names of the base's own entries.
-        ours: Adapter parameters of the job. What more a step has of their modules is none of the job's.
-    """
-    states = tuple(f"{part}." for part in PARTS if part != MODEL)
-    names = [name for name in stored.state_dict_metadata if not name.startswith(states)]
-    kinds = list(kinds)
-    modules = modules_of(names, kinds)
-    ours = set(ours)
-    others = set(modules) - set(modules_of(ours, kinds))
-    known = {f"{module}.{name}" for module in others for kind in kinds for name in kind.adapter_parameter_names}
-    return modules, sorted(set(names) - known - ours - set(base))
 
 
 def check_same_run(

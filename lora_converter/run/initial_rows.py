@@ -10,28 +10,26 @@ import torch
 import torch.distributed as dist
 
 from lora_converter.adapted import reshard
+from lora_converter.new_tokens import token_rows
 from lora_converter.ranks import gather_all
 from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
 from lora_converter.tensors import copy_full_, full_tensor
-from lora_converter.token_rows import token_rows
 
 logger = logging.getLogger(__name__)
 
 
 def begins_with_new_rows(job: Job, found: Step | None) -> bool:
-    """Whether a run needs first rows of its new tokens: nothing else that it loads holds any.
+    """Whether a run needs first rows of its new tokens. Adapters from elsewhere that have some take their place.
 
     Args:
         found: The step that it goes on from. Step 0 is a seed checkpoint, of rows that are not there yet.
     """
     if not job.base or all(token < job.base_rows for token in job.tokens.values()):
         return False
-    if found is None:
-        return not job.config.initial_adapter_path
-    return found.number == 0 or MODEL in job.not_loaded
+    return found is None or found.number == 0 or MODEL in job.not_loaded
 
 
 class InitialRows:

@@ -99,6 +99,7 @@ class Job:
         saves: Whether the run writes to its folder at all.
         data: What its batches are made of, option -> value: under other values a step's place in the data is none.
         tokens: Token -> id, of those whose rows of the embedding and head train.
+        tokenizer: Folder of the tokenizer that they were added to.
         base_rows: How many rows the base's embedding has; the model may have more. 0 without `tokens`.
         converters: What else changes what the host's model computes, by name, in order: float8, fake quantization ...
     """
@@ -119,3 +120,4 @@ class Job:
     converters: tuple[str, ...] = ()
     tokens: dict[str, int] = field(default_factory=dict)
     base_rows: int = 0
+    tokenizer: str = ""

@@ -7,7 +7,13 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
-from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
+from lora_converter.adapted import (
+    AdaptedModule,
+    adapted_modules,
+    adapter_parameters,
+    has_stacked_experts,
+    reshard,
+)
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
@@ -16,6 +22,7 @@ from lora_converter.experts import expert_shapes
 from lora_converter.fingerprint import Sums, base_sums, fingerprint
 from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.names import plain_parameters
+from lora_converter.new_tokens import grown_weights, token_rows
 from lora_converter.offset import make_plain
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
@@ -24,7 +31,7 @@ from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor, is_finite
-from lora_converter.token_rows import TokenRowsEmbedding, TokenRowsHead, grown_weights, token_rows
+from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -134,6 +141,10 @@ class RunModel:
         """Whether the model has routed experts, on any rank. A collective."""
         return any(gather_all(any(map(has_stacked_experts, self.parts))))
 
+    def token_modules(self) -> dict[str, TokenRows]:
+        """Modules of which rows of tokens train, on this rank, by the names of their weights."""
+        return {f"{m.lora_fqn}.weight": m for part in self.parts for m in token_rows(part).values()}
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """FQN -> (out_features, in_features) of the linears of all ranks. A collective."""
         mine = {fqn: shape for part in self.parts for fqn, shape in linear_shapes(part).items()}
@@ -157,6 +168,8 @@ class RunModel:
         own = self.adapters.state_dict()
         rows = {name: module for part in self.parts for name, module in token_rows(part).items()}
         forms = gather_to_first({name: (value.shape, value.dtype) for name, value in own.items()} if sends else {})
+        for part in self.parts if rows else ():
+            reshard(part)
         # Weights that are offloaded are elsewhere than what sends them.
         device = self.host.meshes["pp"].device_type if "pp" in self.host.meshes else "cpu"
         gathered: dict[str, torch.Tensor] = {}

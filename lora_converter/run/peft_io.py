@@ -10,8 +10,8 @@ import torch
 from lora_converter.adapted import AdaptedModule, adapter_parameters, has_stacked_experts, modules_of
 from lora_converter.adapters import apply_lora
 from lora_converter.config import LoRAConfig
+from lora_converter.dcp.reader import METADATA_FILE, read_metadata
 from lora_converter.dcp.reader import load as load_dcp
-from lora_converter.dcp.reader import read_metadata
 from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.experts import expert_shapes, experts_of
 from lora_converter.files import digest
@@ -25,14 +25,18 @@ from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import PeftAdapter, load_peft
 from lora_converter.hf.saved_modules import is_saved, modules_of_keys
+from lora_converter.hf.trained_tokens import stored_rows
 from lora_converter.linear import LoRALinear, linear_shapes
+from lora_converter.new_tokens import token_rows
 from lora_converter.offset import OffsetLinear, make_plain
 from lora_converter.packing import packable
 from lora_converter.ranks import agreed, together
-from lora_converter.run.description import DESCRIPTION, Description, adapters_in
+from lora_converter.run.description import DESCRIPTION, Description
 from lora_converter.run.host import ModelSource
 from lora_converter.run.job import RunConfig
+from lora_converter.run.steps import adapters_in
 from lora_converter.targets import select_targets
+from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import tied_to_trained
 
 C = TypeVar("C", bound=RunConfig)
@@ -168,7 +172,8 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
     stored = metadata.state_dict_metadata
-    kinds: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, OffsetLinear, *set(classes.values())]
+    of_linears: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, OffsetLinear]
+    kinds = [*of_linears, TokenRowsEmbedding, TokenRowsHead, *set(classes.values())]
     linears, experts = linear_shapes(model), expert_shapes(model, classes)
     _, foreign = adapters_in(metadata, kinds, model.state_dict())
     if foreign:
@@ -185,13 +190,16 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     ]
     if not targets or packed.keys() - shapes.keys():
         raise ValueError(f"{path} is damaged: no adapter is not what {DESCRIPTION} says.")
-    adapted = apply_lora(model, replace(config, target_modules=targets, exclude_modules=[]), expert_classes=classes)
+    config, ids = replace(config, target_modules=targets, exclude_modules=[]), sorted(described.tokens.values())
+    adapted = apply_lora(model, config, expert_classes=classes, tokens=ids)
     params = adapter_parameters(model)
     wrong = [name for name, param in params.items() if getattr(stored.get(name), "size", None) != param.shape]
     if wrong:
         raise ValueError(f"{path} is damaged: {', '.join(wrong)} is not what {DESCRIPTION} says.")
     state_dict = {name: torch.empty(param.shape) for name, param in params.items()}
     load_dcp(state_dict, path, metadata, no_dist=True)
+    for name, module in token_rows(model).items():
+        state_dict[name] += _rows_of_base(base or described.base, adapter, module)
     state_dict |= {other: state_dict[n] for n, others in tied_to_trained(model).items() for other in others}
     changes = {
         f"{m.lora_fqn}.weight": state_dict.pop(f"{m.lora_fqn}.{CHANGE}") for m in adapted if isinstance(m, DoRALinear)
@@ -210,5 +218,17 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         base_model=base or described.base,
         base_fingerprint=described.base_fingerprint,
         packed=packed_base(adapter, {name: (form, shapes[name]) for name, form in packed.items()}),
+        tokens=ids,
     )
     return with_norms_of(peft, base or described.base, f"{path}")
+
+
+def _rows_of_base(base: str, adapter: StateDictAdapter, module: TokenRows) -> torch.Tensor:
+    """The base's rows of a module's tokens, (tokens, width), of a Hugging Face or a DCP folder."""
+    weight, ids = f"{module.lora_fqn}.weight", module.lora_token_ids
+    if not Path(base, METADATA_FILE).exists():
+        (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
+        return stored_rows(base, key, ids)
+    whole = torch.zeros(module.lora_base_rows, module.weight.shape[1])
+    load_dcp({weight: whole}, base, read_metadata(base), no_dist=True)
+    return torch.stack([whole[i] if i < len(whole) else torch.zeros(whole.shape[1]) for i in ids])

@@ -9,6 +9,7 @@
 A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 from lora_converter.hf.bridge import alphas_of, to_peft
 from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
+from lora_converter.hf.tokenizer_files import write_tokenizer
 from lora_converter.merge import merge_directories
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
@@ -141,10 +143,13 @@ class Run:
                 base_model=self.job.base.path if self.job.base else "",
                 base_fingerprint=self.model.base_fingerprint,
                 packed=packed_base(adapter, self.model.packed),
+                tokens=sorted(self.job.tokens.values()),
             )
             if not is_peft_directory(path):
                 discard(Path(path))
-            save_peft(peft, path, dtype=self.job.export_dtype, replace=True)
+            beside = functools.partial(write_tokenizer, self.job.tokenizer, self.job.tokens)
+            more = {"beside": beside} if self.job.tokens else {}
+            save_peft(peft, path, dtype=self.job.export_dtype, replace=True, **more)
             logger.info(f"LoRA: wrote {len(configs)} adapted modules as a PEFT directory to {path}.")
             if self.config.init:
                 logger.info(TWICE_THE_RANK.format(rank=max(a.shape[0] for a, _ in peft.factors.values())))
@@ -179,14 +184,14 @@ class Run:
         found = together(lambda: self._find_step(step))
         agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
         sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
+        if begins_with_new_rows(self.job, found):
+            sources.append(InitialRows(self.model))
         if found:
             sources.append(StepSource(self.model, found, self._load_end))
         elif self.config.initial_adapter_path:
             sources.append(self._initial_adapter(self.config.initial_adapter_path))
         if begins_at_the_base(self.job, found):
             sources.append(InitialFactors(self.model))
-        if begins_with_new_rows(self.job, found):
-            sources.append(InitialRows(self.model))
         for source in sources:
             source.check()
         if self.job.saves:

@@ -11,16 +11,17 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from lora_converter.adapted import AdaptedModule, modules_of
 from lora_converter.dcp.reader import METADATA_FILE, read_folder, read_metadata
 from lora_converter.files import remove
 from lora_converter.hf.peft_directory import is_peft_directory
-from lora_converter.run.description import TRAIN_STATE, Description
+from lora_converter.run.description import MODEL, PARTS, TRAIN_STATE, Description
 
 EXPORTED = ".exported"
 """Added to the name of a PEFT directory where a step is written that was a run's last one and is not any more."""
@@ -165,3 +166,23 @@ def _steps(folder: str) -> Iterator[tuple[int, Path]]:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     found = [(int(match[1]), Path(folder, name)) for name in names if (match := _STEP.fullmatch(name))]
     return reversed(sorted(found))
+
+
+def adapters_in(
+    stored: Metadata, kinds: Iterable[type[AdaptedModule]], base: Iterable[str], *, ours: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The adapted modules of a step, and what else it holds of a model that is not the base's.
+
+    Args:
+        kinds: Kinds of adapted modules whose parameters are known.
+        base: Names of the base's own entries.
+        ours: Adapter parameters of the job. What more a step has of their modules is none of the job's.
+    """
+    states = tuple(f"{part}." for part in PARTS if part != MODEL)
+    names = [name for name in stored.state_dict_metadata if not name.startswith(states)]
+    kinds = list(kinds)
+    modules = modules_of(names, kinds)
+    ours = set(ours)
+    others = set(modules) - set(modules_of(ours, kinds))
+    known = {f"{module}.{name}" for module in others for kind in kinds for name in kind.adapter_parameter_names}
+    return modules, sorted(set(names) - known - ours - set(base))

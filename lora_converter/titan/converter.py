@@ -26,6 +26,7 @@ from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.linear import linear_shapes
+from lora_converter.new_tokens import token_rows
 from lora_converter.ranks import agreed, together
 from lora_converter.run.job import Job
 from lora_converter.run.peft_io import config_of_peft, load_peft_everywhere
@@ -53,7 +54,6 @@ from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
 from lora_converter.titan.tied import mark_tied_head
-from lora_converter.token_rows import token_rows
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -117,7 +117,10 @@ class LoRAConverter:
         """The job, with the tokens whose rows train, for which the model has room then."""
         rows = getattr(getattr(model, "tok_embeddings", None), "num_embeddings", 0)
         tokens = together(lambda: trained_tokens(self.job_config, rows)) if rows or job.config.new_tokens else {}
-        return replace(job, tokens=tokens, base_rows=make_room(model, tokens, self.parallel_dims)) if tokens else job
+        if not tokens:
+            return job
+        base_rows, folder = make_room(model, tokens, self.parallel_dims), self.job_config.model.hf_assets_path
+        return replace(job, tokens=tokens, base_rows=base_rows, tokenizer=folder)
 
     def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
         """That what is to be written at the end can be, before the training."""

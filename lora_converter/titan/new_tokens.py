@@ -8,7 +8,7 @@ whose ids are not below the flavor's rows get rows of their own, also without `n
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn as nn
 from torchtitan.distributed import ParallelDims
@@ -17,7 +17,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.chat.folder import add_tokens
 from lora_converter.titan.job import NAME
-from lora_converter.token_rows import grow, vocabularies
+from lora_converter.vocabulary import grow, vocabularies
 
 _TOKENIZER = "lora_tokenizer"
 
@@ -72,7 +72,7 @@ def trained_tokens(job_config: Any, rows: int) -> dict[str, int]:
         if build is None:
             raise ValueError(f"lora.new_tokens = {tokens}: {job_config.model.name} has no tokenizer to add them to.")
         tokenizer = build(job_config)
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner: Any = getattr(tokenizer, "tokenizer", None)
     found = {token: inner.token_to_id(token) for token in tokens} if tokens else {}
     if inner is not None and inner.get_vocab_size() > rows:
         found |= {token: index for token, index in inner.get_vocab().items() if index >= rows}
@@ -89,13 +89,13 @@ def make_room(model: nn.Module, tokens: dict[str, int], parallel_dims: ParallelD
         ValueError: The model or the layout cannot have them.
     """
     modules = vocabularies(model)
-    if "tok_embeddings" not in modules or len({id(module.weight) for module in modules.values()}) < len(modules):
-        if parallel_dims.pp_enabled:
-            raise ValueError(
-                "lora.new_tokens with a tied output head and pipeline parallelism: the embedding and the head are on "
-                "other stages, each with rows of its own. Leave out parallelism.pipeline_parallel_degree."
-            )
-    rows = min(int(module.weight.shape[0]) for module in modules.values())  # type: ignore[operator,index]
+    weights = {id(module.weight) for module in modules.values()}
+    if parallel_dims.pp_enabled and len(weights) < len(modules):
+        raise ValueError(
+            "lora.new_tokens with a tied output head and pipeline parallelism: the embedding and the head would be on "
+            "two stages, each with rows of its own. Set parallelism.pipeline_parallel_degree = 1."
+        )
+    rows = min(cast(Any, module).weight.shape[0] for module in modules.values())
     wanted = max(rows, max(tokens.values()) + 1)
     if wanted > rows:
         grow(model, wanted)

@@ -27,9 +27,9 @@ from torch.distributed._composable.replicate import DDP
 from torch.optim import Optimizer
 
 from lora_converter.adapted import adapter_parameters
+from lora_converter.new_tokens import trained_beside
 from lora_converter.tensor_parallel import sum_partial_gradients
 from lora_converter.titan.installed import change_trainer
-from lora_converter.token_rows import trained_beside
 
 _RANKS = "_gradient_is_mean_over_ranks"
 

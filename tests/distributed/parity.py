@@ -82,7 +82,8 @@ class Row:
     @property
     def key(self) -> str:
         """A file name for the run of one rank."""
-        return "".join(c if c.isalnum() else "-" for c in "_".join([self.model, *self.job]))
+        key = "".join(c if c.isalnum() else "-" for c in "_".join([self.model, *self.job]))
+        return key if len(key) < 150 else f"{key[:100]}-{stable_hash(key)}"
 
 
 def row(ranks: int, *layout: list[str], **fields: Any) -> Row:
@@ -118,7 +119,35 @@ PACKED_EXPERTS = (*PACKED, *EXPERTS_TOO)
 EXPERTS_ALONE = ("--lora.target_modules=*.experts.w1,*.experts.w2",)
 IN_FULL = ("--lora.train_also=tok_embeddings,output,norm,layers.*.*_norm", "--lora.train_also_lr=1e-3")
 IN_FULL_TIED = ("--lora.train_also=tok_embeddings,norm,layers.*.*norm",)
+NEW_TOKENS = ("--lora.new_tokens=$,+," + ",".join(f"<new {k}>" for k in range(64)), "--lora.train_also_lr=1e-3")
+"""Two that the tokenizer has, 62 for which the base of 320 rows has some, and two for which it has none."""
+
+ODD_VOCABULARY = ("--lora.new_tokens=" + ",".join(f"<new {k}>" for k in range(63)),)
+"""321 rows."""
+
 VARIANTS = {
+    "new tokens, FSDP2": row(2, FSDP2, job=NEW_TOKENS),
+    "new tokens, DDP2": row(2, DDP2, job=NEW_TOKENS),
+    "new tokens, TP2": row(2, TP2, job=NEW_TOKENS),
+    "new tokens, PP2": row(2, PP2, job=NEW_TOKENS),
+    "new tokens, CP2": row(2, CP2, job=NEW_TOKENS),
+    "new tokens, PP2 interleaved": row(2, PP2, INTERLEAVED, job=NEW_TOKENS),
+    "new tokens, HSDP 2x2": row(4, REPLICATE2, FSDP2, job=NEW_TOKENS),
+    "new tokens, TP2 x FSDP2": row(4, TP2, FSDP2, job=NEW_TOKENS),
+    "new tokens, CP2 x TP2": row(4, CP2, TP2, job=NEW_TOKENS),
+    "new tokens, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=NEW_TOKENS),
+    "new tokens, PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2, job=NEW_TOKENS),
+    "new tokens, MoE, EP2": row(2, FSDP2, EP2, model="deepseek_v3", job=NEW_TOKENS),
+    "new tokens, MoE, EP2 x TP2": row(4, FSDP2, EP2, TP2, ETP2, model="deepseek_v3", job=NEW_TOKENS),
+    "new tokens, accumulation, TP2": row(2, TP2, job=NEW_TOKENS, microbatches=2),
+    "new tokens, accumulation, DDP2": row(2, DDP2, job=NEW_TOKENS, microbatches=2),
+    "new tokens and full AC, FSDP2": row(2, FSDP2, FULL_AC, job=NEW_TOKENS),
+    "new tokens, loss that is not parallel, TP2": row(2, TP2, ["--parallelism.disable_loss_parallel"], job=NEW_TOKENS),
+    "new tokens, an odd vocabulary, TP2": row(2, TP2, job=ODD_VOCABULARY),
+    "new tokens, an odd vocabulary, TP2 x FSDP2": row(4, TP2, FSDP2, job=ODD_VOCABULARY),
+    "new tokens and a tied head, TP2": row(2, TP2, model="qwen3_tied", job=NEW_TOKENS),
+    "new tokens and a tied head, FSDP2": row(2, FSDP2, model="qwen3_tied", job=NEW_TOKENS),
+    "new tokens, packed, TP2": row(2, TP2, model="llama3_wide", job=(*PACKED, *NEW_TOKENS)),
     "in full, FSDP2": row(2, FSDP2, job=IN_FULL),
     "in full, DDP2": row(2, DDP2, job=IN_FULL),
     "in full, TP2": row(2, TP2, job=IN_FULL),
@@ -328,6 +357,7 @@ def feed_global_batches(run: Run) -> None:
     rank, degree = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
     microbatches = run.trainer.gradient_accumulation_steps
     rows = ROWS // degree // microbatches
+    new_tokens = list(run.trainer.checkpointer.run.job.tokens.values())[-8:]
 
     def batches() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         for step in itertools.count(run.trainer.step):
@@ -335,6 +365,8 @@ def feed_global_batches(run: Run) -> None:
             # Short cycles, so that there is something to learn in ten steps.
             start = torch.randint(0, 64, (ROWS, 1), generator=generator)
             tokens = (start + 7 * torch.arange(TOKENS + 1)) % 64
+            for old, new in enumerate(new_tokens):
+                tokens[tokens == 8 * old] = new
             for micro in range(microbatches):
                 first = (rank * microbatches + micro) * rows
                 part = tokens[first : first + rows]

@@ -14,7 +14,8 @@ from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.expert_layouts import Dims, goes_over_second, layout_of
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import open_model
-from lora_converter.hf.merge_plan import Update, without_weight
+from lora_converter.hf.merge_keys import Update
+from lora_converter.hf.merge_plan import without_weight
 from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import load_peft, save_peft

@@ -18,7 +18,9 @@ from lora_converter import (
     unload_adapter,
     unmerge_adapter,
 )
-from lora_converter.token_rows import ROWS, mean_rows, token_rows
+from lora_converter.new_tokens import token_rows
+from lora_converter.token_rows import ROWS
+from lora_converter.vocabulary import mean_rows
 
 IDS = [7, 319, 320, 322]  # of a base of 320 rows: two of its own, two new ones, and one between that does not train
 TEXT = torch.tensor([[7, 3, 320, 319, 322, 5, 7, 1], [2, 322, 9, 7, 7, 4, 319, 6]])
@@ -119,10 +121,10 @@ def test_rows_begin_at_their_base_or_at_the_mean_of_all() -> None:
 def test_new_rows_are_drawn_from_the_distribution_that_transformers_draws_from() -> None:
     """4000 draws: their mean to five standard errors, their covariance to a tenth of its norm."""
     base = torch.randn(500, 8, generator=torch.Generator().manual_seed(1)) @ torch.randn(8, 8) + 3
-    drawn = mean_rows(base, [f"{k}" for k in range(4000)]).double()
+    drawn = mean_rows(base, range(4000)).double()
     wanted = 1e-9 * torch.cov(base.T.double(), correction=0)
     assert ((drawn.mean(0) - base.double().mean(0)).abs() < 5 * (wanted.diagonal() / 4000).sqrt() + 1e-6).all()
-    noise = mean_rows((base - base.mean(0)), [f"{k}" for k in range(4000)]).double()  # at zero fp32 shows its digits
+    noise = mean_rows((base - base.mean(0)), range(4000)).double()  # at zero fp32 shows its digits
     assert (torch.cov(noise.T, correction=0) - wanted).norm() < 0.1 * wanted.norm()
 
 

@@ -1,0 +1,101 @@
+"""Rows of tokens on a whole model: put them there, and find them (`lora.new_tokens`; the modules: `token_rows.py`)."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn as nn
+
+from lora_converter.adapted import adapt
+from lora_converter.config import LoRAConfig
+from lora_converter.names import owners
+from lora_converter.swap import swap_class
+from lora_converter.token_rows import ROWS, TiedHead, TokenRows, TokenRowsEmbedding, TokenRowsHead
+from lora_converter.trained import trained_parameters
+from lora_converter.vocabulary import grow, vocabularies
+
+
+def check_token_rows(
+    model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = (), trained: Collection[str] = ()
+) -> None:
+    """Refuses a model or settings that rows of tokens do not go with.
+
+    Args:
+        adapted: Linears that are to have an adapter.
+        trained: Modules that are to train in full.
+
+    Raises:
+        ValueError: An embedding or a head is among them, or is packed; or see `vocabularies`.
+    """
+    for fqn, module in vocabularies(model).items() if tokens else ():
+        if fqn in adapted:
+            raise ValueError(
+                f"lora.new_tokens: {fqn} is to have an adapter, and rows of its own that train. Add {fqn} to "
+                "lora.exclude_modules, or leave new_tokens out."
+            )
+        if fqn in trained:
+            raise ValueError(
+                f"lora.new_tokens: {fqn} is to train in full by lora.train_also, and rows of it by new_tokens. Leave "
+                f"{fqn} out of lora.train_also, or leave new_tokens out."
+            )
+        weight = cast(Any, module).weight
+        if not weight.is_floating_point():
+            raise ValueError(f"lora.new_tokens: {fqn} is quantized ({weight.dtype}), and no rows of it can train.")
+
+
+def add_token_rows(
+    model: nn.Module,
+    tokens: Sequence[int],
+    config: LoRAConfig,
+    *,
+    base_rows: int = 0,
+    canonical_name: Callable[[str], str] = str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Lets rows of a model's embedding and head train, in place. Those that are not there are added, as zeros.
+
+    Args:
+        tokens: Ids, in any order; none for none.
+        base_rows: How many rows the base has; as many as there are if 0.
+        canonical_name: See `apply_lora`.
+        dtype: Of d; fp32 if left out, or the weight's if that is wider.
+    """
+    if not tokens:
+        return
+    ids, embedding = tuple(sorted(set(tokens))), None
+    modules = vocabularies(model)
+    base_rows = base_rows or min(cast(Any, module).weight.shape[0] for module in modules.values())
+    grow(model, ids[-1] + 1)
+    for fqn, module in modules.items():
+        if embedding is not None and module.weight is embedding.weight:
+            tied = swap_class(module, TiedHead)
+            tied.lora_embedding = [embedding]
+            embedding.lora_tied.append(tied)
+            embedding.updates_all_owners = True
+            continue
+        kind = TokenRowsEmbedding if isinstance(module, nn.Embedding) else TokenRowsHead
+        rows: TokenRows = adapt(module, kind, config, fqn=fqn, canonical_name=canonical_name(fqn))
+        rows.lora_token_ids, rows.lora_base_rows, rows.lora_rows_whole_over = ids, base_rows, None
+        rows.lora_ids_there = {}
+        wide = dtype or torch.promote_types(rows.weight.dtype, torch.float32)
+        empty = torch.zeros(len(ids), rows.weight.shape[1], dtype=wide, device=rows.weight.device)
+        rows.lora_token_rows = nn.Parameter(empty)
+        if isinstance(rows, TokenRowsEmbedding):
+            embedding, rows.lora_tied = rows, []
+
+
+def token_rows(model: nn.Module) -> dict[str, TokenRows]:
+    """Name of d -> module, in a pipeline stage or a wrapped model too."""
+    return {f"{m.lora_fqn}.{ROWS}": m for m in model.modules() if isinstance(m, TokenRows)}
+
+
+def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of all that trains at the rate of `train_also`: what it names, and rows of tokens."""
+    return trained_parameters(model) | {name: module.lora_token_rows for name, module in token_rows(model).items()}
+
+
+def grown_weights(model: nn.Module) -> dict[str, int]:
+    """Plain name of a weight that has more rows than the base's -> how many the base's has."""
+    modules = token_rows(model).values()
+    rows = {id(m.weight): m.lora_base_rows for m in modules if m.weight.shape[0] > m.lora_base_rows}
+    return {name: rows[id(param)] for name, param in owners(model) if id(param) in rows}

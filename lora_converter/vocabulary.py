@@ -1,0 +1,83 @@
+"""A model's vocabulary: its embedding of tokens and its output head, more rows for both, and where new rows begin."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lora_converter.names import plain_modules
+from lora_converter.swap import unswapped
+from lora_converter.targets import OUTPUT_HEADS
+
+EMBEDDINGS = {"tok_embeddings", "embed_tokens", "wte", "word_embeddings", "embed_in"}
+"""Last parts of the names of modules that tokens are looked up in."""
+
+
+def vocabularies(model: nn.Module) -> dict[str, nn.Module]:
+    """Plain name -> module of a model's embedding of tokens and of its output head, as far as it has them.
+
+    Raises:
+        ValueError: There are several embeddings or heads, or one computes in a way of its own.
+    """
+    found: dict[str, nn.Module] = {}
+    kinds: tuple[tuple[Any, set[str]], ...] = ((nn.Embedding, EMBEDDINGS), (nn.Linear, OUTPUT_HEADS))
+    for kind, names in kinds:
+        own = {n: m for n, m in plain_modules(model) if n.rpartition(".")[2] in names and isinstance(m, kind)}
+        if len(own) > 1:
+            raise ValueError(f"lora.new_tokens: the model has several of a kind: {', '.join(own)}.")
+        for name, module in own.items():
+            plain: Any = unswapped(type(module))
+            if plain.forward is not kind.forward or getattr(module, "max_norm", None) is not None:
+                raise ValueError(
+                    f"lora.new_tokens: {name} is a {type(module).__name__}, which computes in a way of its own."
+                )
+        found |= own
+    if not any(isinstance(module, nn.Embedding) for module in found.values()):
+        raise ValueError(f"lora.new_tokens: the model has no embedding of tokens ({', '.join(sorted(EMBEDDINGS))}).")
+    return found
+
+
+def grow(model: nn.Module, rows: int) -> None:
+    """Makes a model's embedding and head of so many rows, in place, the new ones zeros. A tied weight stays tied.
+
+    Raises:
+        ValueError: The head has a bias.
+    """
+    grown: dict[int, nn.Parameter] = {}
+    for fqn, module in vocabularies(model).items():
+        old: Any = module.weight
+        if rows <= old.shape[0]:
+            continue
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(f"lora.new_tokens: {fqn} has a bias, which is not grown.")
+        if id(old) not in grown:
+            larger = F.pad(old.detach(), (0, 0, 0, rows - old.shape[0]))
+            grown[id(old)] = nn.Parameter(larger, requires_grad=old.requires_grad)
+        module.weight = grown[id(old)]
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+
+def mean_rows(weight: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """Where new rows begin: as transformers' `mean_resizing`, at the mean of the base's, and a little beside.
+
+    The noise has a billionth of the covariance of the base's rows: a sum of them, each times a normal number, which
+    has it exactly and takes no factorisation.
+
+    Args:
+        weight: The base's rows, (rows, width).
+        seeds: Of the noise of each new row, which so depends on no layout and on no other row.
+
+    Returns:
+        (len(seeds), width), fp32.
+    """
+    weight = weight.float()
+    mean = weight.mean(0)
+    found = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(weight), generator=generator).to(weight.device)
+        found.append(mean + math.sqrt(1e-9 / len(weight)) * (noise @ weight - noise.sum() * mean))
+    return torch.stack(found) if found else weight.new_empty(0, weight.shape[1])

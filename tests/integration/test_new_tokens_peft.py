@@ -1,0 +1,140 @@
+"""Rows of new tokens as PEFT's trainable tokens: written, read and merged, with PEFT itself as reference."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from harness import ROOT, Run, build, train
+from hf_models import tiny_llama, tiny_qwen3
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_converter import LoRAConfig, apply_lora
+from lora_converter.cli import main
+from lora_converter.peft import from_model, into_model, load_peft, save_peft
+
+FILL = [f"<new {k}>" for k in range(64)]
+NEW = "--lora.new_tokens=" + ",".join(["$", *FILL])
+END = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--lora.save_merged", "--optimizer.lr=5e-3"]
+TOKENS = torch.tensor([[5, 320, 17, 258, 321, 9, 40, 300]])
+
+
+def on(base: Path) -> list[str]:
+    return [f"--checkpoint.initial_load_path={base}", "--checkpoint.initial_load_in_hf"]
+
+
+def of_run(run: Run) -> torch.Tensor:
+    with torch.no_grad():
+        return run.trainer.model_parts[0].eval()(TOKENS)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def resized(model: nn.Module, rows: int = 322) -> nn.Module:
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def job(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path, bool]:
+    """Options of a job, its base's folder, and whether that is tied. The folder has a tokenizer, as models have."""
+    folder, tied = tmp_path_factory.mktemp("base") / "base", request.param == "tied"
+    (tiny_qwen3(tied=True) if tied else tiny_llama()).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((ROOT / "tests/assets/tokenizer" / name).read_bytes())
+    model = ["--model.name=qwen3", "--model.flavor=hf_tiny_tied"] if tied else []
+    return [*model, f"--model.hf_assets_path={folder}", *on(folder)], folder, tied
+
+
+def test_a_run_is_read_by_peft_and_merged_and_goes_on(job, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options, base, tied = job
+    caplog.set_level(logging.WARNING)
+    run = train(tmp_path / "run", *options, NEW, *END)
+    expected, folder = of_run(run), tmp_path / "run" / "checkpoint"
+    assert "vLLM 0.33 takes no such adapter: `lora-converter merge`" in caplog.text
+    assert "model.resize_token_embeddings(322)" in caplog.text
+    config = json.loads((folder / "step-3" / "adapter_config.json").read_text())
+    assert (
+        list(config["trainable_token_indices"]) == ["model.embed_tokens"] if tied else ["lm_head", "model.embed_tokens"]
+    )
+    peft = PeftModel.from_pretrained(
+        resized(type(tiny_qwen3(tied=True) if tied else tiny_llama()).from_pretrained(base)), folder / "step-3"
+    )
+    torch.testing.assert_close(logits(peft), expected, rtol=1e-5, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged-3", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-4)
+    assert merged.config.vocab_size == 322 and merged.config.tie_word_embeddings == tied
+    theirs = peft.merge_and_unload()
+    torch.testing.assert_close(merged.lm_head.weight, theirs.lm_head.weight, rtol=0, atol=1e-6)
+    for where in ("step-3", "merged-3"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / where)
+        assert len(tokenizer) == 322 and tokenizer.convert_tokens_to_ids(["<new 0>", "<new 63>"]) == [258, 321]
+        assert tokenizer.decode(tokenizer("a<new 63>").input_ids, skip_special_tokens=True).endswith("a<new 63>")
+    again = build(tmp_path / "again", *options, NEW, f"--lora.initial_adapter_path={folder}/step-3")
+    again.trainer.checkpointer.load()
+    torch.testing.assert_close(of_run(again), expected, rtol=1e-5, atol=1e-5)
+    again.trainer.close()
+    other = build(tmp_path / "other", *options, f"--lora.initial_adapter_path={folder}/step-3")
+    with pytest.raises(ValueError, match=r"Set lora\.new_tokens = \[\"\$\", \"<new 0>\", "):
+        other.trainer.checkpointer.load()
+    other.trainer.close()
+
+
+def test_a_step_folder_is_exported_with_the_rows_of_its_base(job, tmp_path: Path) -> None:
+    options, base, tied = job
+    run = train(tmp_path / "run", *options, NEW, "--optimizer.lr=5e-3")
+    assert main(["export", "--checkpoint", f"{tmp_path}/run/checkpoint/step-3", "--output", f"{tmp_path}/out"]) == 0
+    model = resized(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(model, tmp_path / "out")), of_run(run), rtol=1e-5, atol=1e-4
+    )
+
+
+def made_by_peft(model: nn.Module, folder: Path, *, tied: bool) -> torch.Tensor:
+    """An adapter that PEFT writes, everything that trains away from where it began. Returns its logits."""
+    ids = [321, 7, 320]  # in no order
+    rows = ids if tied else {"embed_tokens": ids, "lm_head": ids}
+    settings = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=rows)
+    peft = get_peft_model(resized(model), settings)
+    with torch.no_grad():
+        for number, param in enumerate(p for p in peft.parameters() if p.requires_grad):
+            param.add_(torch.randn(param.shape, generator=torch.Generator().manual_seed(number)) * 0.1)
+    peft.save_pretrained(folder, save_embedding_layers=False)
+    return logits(peft)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_peft_writes_is_merged_as_peft_computes_it(job, tmp_path: Path) -> None:
+    _, base, tied = job
+    expected = made_by_peft(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "a", tied=tied)
+    assert main(["merge", "--base", f"{base}", "--adapter", f"{tmp_path}/a", "--output", f"{tmp_path}/m"]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-4)
+    assert ("lm_head.weight" in load_file(tmp_path / "m" / "model.safetensors")) != tied
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+def test_live_models_exchange_them_with_peft(tied: bool, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return tiny_qwen3(tied=True) if tied else tiny_llama()
+
+    expected = made_by_peft(make(), tmp_path / "a", tied=tied)
+    model = make()
+    apply_lora(model, LoRAConfig(rank=3, alpha=6, target_modules=["q_proj"]), tokens=[7, 320, 321])
+    into_model(load_peft(tmp_path / "a"), model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    save_peft(from_model(model), tmp_path / "b")
+    back = PeftModel.from_pretrained(resized(make()), tmp_path / "b")
+    torch.testing.assert_close(logits(back), expected, rtol=1e-5, atol=1e-5)
+    other = make()
+    apply_lora(other, LoRAConfig(rank=3, alpha=6, target_modules=["q_proj"]), tokens=[7])
+    with pytest.raises(ValueError, match=r"give apply_lora tokens = \[7, 320, 321\]"):
+        into_model(load_peft(tmp_path / "a"), other)
