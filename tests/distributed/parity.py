@@ -146,7 +146,6 @@ VARIANTS = {
     "new tokens, an odd vocabulary, TP2": row(2, TP2, job=ODD_VOCABULARY),
     "new tokens, an odd vocabulary, TP2 x FSDP2": row(4, TP2, FSDP2, job=ODD_VOCABULARY),
     "new tokens and a tied head, TP2": row(2, TP2, model="qwen3_tied", job=NEW_TOKENS),
-    "new tokens and a tied head, FSDP2": row(2, FSDP2, model="qwen3_tied", job=NEW_TOKENS),
     "new tokens, packed, TP2": row(2, TP2, model="llama3_wide", job=(*PACKED, *NEW_TOKENS)),
     "in full, FSDP2": row(2, FSDP2, job=IN_FULL),
     "in full, DDP2": row(2, DDP2, job=IN_FULL),
@@ -304,6 +303,10 @@ QUICK = (*SIX, "DDP2", "HSDP 2x2")
 """The quick tier's: every kind of parallelism once."""
 
 BY_HAND = (
+    *(f"new tokens, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
+    *("new tokens, PP2 x CP2 x FSDP2", "new tokens, MoE, EP2", "new tokens, MoE, EP2 x TP2"),
+    *("new tokens, accumulation, TP2", "new tokens, accumulation, DDP2", "new tokens and full AC, FSDP2"),
+    *("new tokens, loss that is not parallel, TP2", "new tokens, an odd vocabulary, TP2 x FSDP2"),
     *(f"experts of qwen3, {layout}" for layout in ("FSDP2", "EP2", "TP2", "DDP2", "TP2 x FSDP2")),
     "experts of deepseek_v3, EP4",
     *("tied head, TP2 x FSDP2", "tied head, HSDP 2x2"),

@@ -11,6 +11,7 @@ from harness import ROOT, Run, build, train
 from hf_models import tiny_llama, tiny_qwen3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from test_tied_heads import qwen3_args  # noqa: F401  with the tied flavor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_converter import LoRAConfig, apply_lora
@@ -88,7 +89,7 @@ def test_a_run_is_read_by_peft_and_merged_and_goes_on(job, tmp_path: Path, caplo
 
 
 def test_a_step_folder_is_exported_with_the_rows_of_its_base(job, tmp_path: Path) -> None:
-    options, base, tied = job
+    options, base, _ = job
     run = train(tmp_path / "run", *options, NEW, "--optimizer.lr=5e-3")
     assert main(["export", "--checkpoint", f"{tmp_path}/run/checkpoint/step-3", "--output", f"{tmp_path}/out"]) == 0
     model = resized(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))

@@ -160,7 +160,7 @@ def _options(shape: Base, tied: bool, rng: random.Random, found: Specimen) -> di
     sometimes(0.08, "bias", ["bias"], bias="lora_only")
     sometimes(0.05, "lora_bias", ["lora_bias"], lora_bias=True, init_lora_weights=True)
     sometimes(0.06, "modules_to_save", modules_to_save=["norm" if not shape.transposed else "ln_f"])
-    sometimes(0.06, "trainable tokens", ["trainable_token_indices"], trainable_token_indices=[1, 2])
+    sometimes(0.06, "trainable tokens", trainable_token_indices=[2, 1])
     if "DoRA" in found.traits and "lora_bias" in found.refusable:
         options.pop("lora_bias")
         found.refusable.remove("lora_bias")

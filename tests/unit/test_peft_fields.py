@@ -64,7 +64,6 @@ ON: dict[str, Any] = {
     "bias": "all",
     "lora_bias": True,
     "ensure_weight_tying": True,
-    "trainable_token_indices": [1],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
     "alora_invocation_tokens": [5, 6],
