@@ -137,15 +137,22 @@ def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torc
 
 
 def _token_rows(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is added to the model's rows of tokens, of an adapter that has the rows themselves."""
+    """What is added to the model's rows of tokens, of an adapter that has the rows themselves.
+
+    A module whose rows the adapter has not, and the base has, is as the base has it: PEFT trains an embedding's alone.
+    """
     found: dict[str, torch.Tensor] = {}
-    there = {module: sorted(rows.ids) for module, rows in adapter.token_rows.items()}
+    used, there = set(), {module: sorted(rows.ids) for module, rows in adapter.token_rows.items()}
     for name, module in token_rows(model).items():
-        rows = module_in(adapter.token_rows, module.lora_fqn)
-        if rows is not None and sorted(rows.ids) == [*module.lora_token_ids]:
+        file = module_in(adapter.token_rows, module.lora_fqn)
+        rows = adapter.token_rows[file] if file else None
+        if rows is None and module.lora_token_ids[-1] < module.lora_base_rows:
+            found[name] = torch.zeros_like(module.lora_token_rows)
+        elif rows is not None and sorted(rows.ids) == [*module.lora_token_ids]:
             base = module.base_rows()
             found[name] = rows.ascending.to(base) - base
-    if len(found) < max(len(there), len(token_rows(model))):
+            used.add(file)
+    if used < there.keys() or len(found) < len(token_rows(model)):
         raise ValueError(
             f"The adapter has trained rows of tokens of {there or 'no module'}, and the model of others: give "
             f"apply_lora tokens = {next(iter(there.values()), [])}."

@@ -110,9 +110,9 @@ def to_hf_modules(
     return found
 
 
-def module_in(token_rows: Mapping[str, TokenRows], module: str) -> TokenRows | None:
-    """The rows of a module, whose name may be the end of the file's or the other way round."""
-    return next((each for m, each in token_rows.items() if module.endswith(m) or m.endswith(module)), None)
+def module_in(token_rows: Mapping[str, TokenRows], module: str) -> str | None:
+    """A module's name in a file, which may be the end of its own or the other way round."""
+    return next((name for name in token_rows if module.endswith(name) or name.endswith(module)), None)
 
 
 def with_rows(weight: torch.Tensor, trained: TokenRows) -> torch.Tensor:

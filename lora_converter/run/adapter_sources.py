@@ -128,10 +128,9 @@ class PeftSource:
             )
         for weight, module in self._model.token_modules().items() if there else ():
             (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
-            rows = module_in(peft.token_rows, key.removesuffix(".weight"))
-            if rows is None:
-                raise ValueError(f"{ADAPTER_OPTION}: {self._path} has no rows of tokens for {key}, which train here.")
-            found[weight] = rows.ascending
+            name = module_in(peft.token_rows, key.removesuffix(".weight"))
+            if name:  # else they begin as without an adapter
+                found[weight] = peft.token_rows[name].ascending
         return found
 
     def load(self) -> None:
@@ -150,8 +149,9 @@ class PeftSource:
                 copy_full_(param, value)
         for part in self._model.parts if self._rows else ():
             reshard(part)
-        for weight, module in self._model.token_modules().items() if self._rows else ():
-            module.set_whole_rows(self._rows[weight])
+        for weight, module in self._model.token_modules().items():
+            if weight in self._rows:
+                module.set_whole_rows(self._rows[weight])
 
 
 def _copies_of_base(

@@ -116,6 +116,8 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             "base of that phase, and may give it other rows of q and k there. Convert the base to DCP first: a job "
             'without "lora" and TP, of one step with optimizer.lr = 0, saves it.'
         )
+    if two_phases and job_config.lora.new_tokens:
+        yield "lora.new_tokens with lora.full_phase, whose tokenizer and model lack them. Leave one of the two out."
     data = job_config.lora.full_phase.dataset or job_config.training.dataset
     under_ddp = parallelism.data_parallel_replicate_degree > 1 and parallelism.data_parallel_shard_degree == 1
     if two_phases and data.lower() == CHAT and (under_ddp or parallelism.pipeline_parallel_degree > 1):

@@ -12,6 +12,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.adapted import AdaptedModule
 from lora_converter.tensors import full_tensor
+from lora_converter.token_rows import TokenRows
 
 _SMALL = 0.1
 """Of the median norm of all rows: a row below it was never trained."""
@@ -31,16 +32,17 @@ def warn_of_untrained_tokens(model_parts: Sequence[nn.Module], tokens: dict[int,
     for part in model_parts:
         for name in _WEIGHTS:
             module = getattr(part, name, None)
-            if module is None or isinstance(module, AdaptedModule):
+            if module is None or (isinstance(module, AdaptedModule) and not isinstance(module, TokenRows)):
                 continue
+            trained = module.lora_token_ids if isinstance(module, TokenRows) else ()
             norms = full_tensor(torch.linalg.vector_norm(module.weight.float(), dim=1)).cpu()
-            if bad := untrained(norms, tokens):
+            if bad := untrained(norms, [index for index in tokens if index not in trained]):
                 found[name] = [tokens[index] for index in bad]
     for name, texts in found.items():
         logger.warning(
             f"Chat: the base's {name} has untrained rows for {', '.join(map(repr, texts))}, which end what is trained. "
             "They are frozen, so the model will hardly learn to stop. Use an instruct model, or a chat.template whose "
-            "end token the base knows."
+            "end token the base knows, or name them in lora.new_tokens, whose rows train."
         )
 
 

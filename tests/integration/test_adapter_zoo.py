@@ -13,5 +13,6 @@ def test_there_is_no_third_outcome(tmp_path: Path) -> None:
     assert counts["right"] + counts["refused"] == 200 and counts["right"] > 100
     # Every trait was met, and those that are to be read were.
     for trait in ("tied", "lm_head", "rank_pattern", "alpha_pattern", "wrong fan_in_fan_out", ".default. keys",
-                  "resized vocabulary", "other files in the base", "changed base", "DoRA", "hub's names"):  # fmt: skip
+                  "resized vocabulary", "other files in the base", "changed base", "DoRA", "hub's names",
+                  "trainable tokens"):  # fmt: skip
         assert counts[trait] >= 5, trait

@@ -38,6 +38,7 @@ from lora_converter import LoRAConfig, adapter_configs, apply_lora
 from lora_converter.hf.saved_modules import is_saved, modules_of_keys
 from lora_converter.linear import linears_of
 from lora_converter.merge import merge_directories
+from lora_converter.new_tokens import token_rows
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, PeftAdapter, from_model, into_model, load_peft, save_peft
 
 SIZES = {"vocab_size": 96, "max_position_embeddings": 64}
@@ -160,7 +161,8 @@ def _options(shape: Base, tied: bool, rng: random.Random, found: Specimen) -> di
     sometimes(0.08, "bias", ["bias"], bias="lora_only")
     sometimes(0.05, "lora_bias", ["lora_bias"], lora_bias=True, init_lora_weights=True)
     sometimes(0.06, "modules_to_save", modules_to_save=["norm" if not shape.transposed else "ln_f"])
-    sometimes(0.06, "trainable tokens", trainable_token_indices=[2, 1])
+    if "resized vocabulary" not in found.traits and "lm_head" not in options["target_modules"]:
+        sometimes(0.06, "trainable tokens", trainable_token_indices=[2, 1])
     if "DoRA" in found.traits and "lora_bias" in found.refusable:
         options.pop("lora_bias")
         found.refusable.remove("lora_bias")
@@ -278,9 +280,11 @@ def give_adapter(model: PreTrainedModel, adapter: PeftAdapter) -> None:
         train_also=modules_of_keys(key for key in adapter.base_weights if is_saved(key, adapter.modules_to_save)),
     )  # fmt: skip
     assert adapter.factors.keys() <= ours.keys()
-    apply_lora(model, config)
+    tokens = sorted({token for rows in adapter.token_rows.values() for token in rows.ids})
+    apply_lora(model, config, tokens=tokens)
     into_model(adapter, model)
-    assert adapter_configs(model).keys() == adapter.factors.keys()
+    of_tokens = {module.lora_fqn for module in token_rows(model).values()}
+    assert adapter_configs(model).keys() == {*adapter.factors, *of_tokens} and bool(tokens) is bool(of_tokens)
 
 
 def relative(found: torch.Tensor, right: torch.Tensor) -> float:
