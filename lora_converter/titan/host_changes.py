@@ -40,15 +40,15 @@ CHANGES = (
     ),
     Change(
         "torchtitan.protocols.train_spec:get_train_spec",
-        "chat:offer_chat",
-        'datasets are text without a mask; a spec that takes training.dataset = "chat" is one that this returns',
-        "a dataset can bring its loader, masks and validator",
+        "new_tokens:with_new_tokens",
+        "a spec's tokenizer is built from its folder alone, without lora.new_tokens; below the row of chat, whose copy changes",
+        "a job can name tokens to add",
     ),
     Change(
         "torchtitan.protocols.train_spec:get_train_spec",
-        "new_tokens:with_new_tokens",
-        "a spec's tokenizer is built from its folder alone, and lora.new_tokens are to be in it",
-        "a job can name tokens to add",
+        "chat:offer_chat",
+        'datasets are text without a mask; a spec that takes training.dataset = "chat" is one that this returns',
+        "a dataset can bring its loader, masks and validator",
     ),
     Change(
         "torchtitan.config:ConfigManager.parse_args",

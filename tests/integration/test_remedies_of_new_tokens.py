@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hf_models import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_new_tokens import ROWS
 from test_new_tokens_peft import logits, made_by_peft
+from tiny_models import get_train_spec
 from transformers import AutoModelForCausalLM
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora
 from lora_converter.cli import main
 from lora_converter.peft import into_model, load_peft
+from lora_converter.titan.new_tokens import make_room
 
 NEW = "--lora.new_tokens=<a>,<b>"
 
@@ -45,6 +48,24 @@ def test_a_head_trains_in_one_way(on: list[str], tmp_path: Path) -> None:
     assert "Leave tok_embeddings out of lora.train_also, or leave new_tokens out." in message
     assert rows_train(train(tmp_path / "3", *on, NEW, "--lora.train_also=norm"))
     assert not rows_train(train(tmp_path / "4", *on, "--lora.train_also=tok_embeddings,norm"))
+
+
+def test_a_tied_head_is_on_the_embeddings_stage() -> None:
+    """The host's model of a pipeline with a tied head does not begin, so it is looked at before it is split."""
+
+    def model() -> torch.nn.Module:
+        with torch.device("meta"):
+            spec = get_train_spec("qwen3")
+            return spec.model_cls(spec.model_args["tiny_tied"])
+
+    tokens = {"<a>": 320}
+    with pytest.raises(ValueError, match=r"would be on two stages, each with rows of its own\. Set parallelism\."):
+        make_room(model(), tokens, SimpleNamespace(pp_enabled=True))
+    asked = "Set parallelism.pipeline_parallel_degree = 1"
+    degree = int(asked.rpartition(" ")[2])
+    mended = model()
+    assert make_room(mended, tokens, SimpleNamespace(pp_enabled=degree > 1)) == 320
+    assert mended.output.weight is mended.tok_embeddings.weight and len(mended.output.weight) == 321
 
 
 def test_tokens_are_for_one_phase(on: list[str], tmp_path: Path) -> None:
@@ -110,8 +131,8 @@ def test_a_token_that_the_base_never_learned_is_trained(
     build(tmp_path / "1", *options).trainer.checkpointer.load()
     assert "or name them in lora.new_tokens, whose rows train" in caplog.text
     caplog.clear()
-    run = train(tmp_path / "2", *options, "--lora.new_tokens=<eos>, cat", "--training.steps=2")
+    run = train(tmp_path / "2", *options, "--lora.new_tokens=<eos>,cat", "--training.steps=2")
     assert "untrained rows" not in caplog.text
-    cat = run.trainer.tokenizer.token_to_id(" cat")
+    cat = run.trainer.tokenizer.token_to_id("cat")
     assert any((batch == cat).any() for batch, _ in run.batches)
     assert rows_train(run)
