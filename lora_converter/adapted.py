@@ -47,10 +47,7 @@ class AdaptedModule(nn.Module):
     """Those whose zeros make the update zero, as it is before the first step."""
 
     peft_factors: ClassVar[dict[str, tuple[str, str]]] = {}
-    """
-    Base weight -> the parameters that PEFT calls its lora_A and lora_B. A kind that PEFT cannot express leaves it
-    empty; exporting such an adapter is an error that names it.
-    """
+    """Base weight -> the parameters that PEFT calls lora_A and lora_B; empty for a kind that PEFT cannot express."""
 
     peft_rows: ClassVar[str] = ""
     """The parameter that PEFT stores as trainable tokens, together with the base's rows that it is added to."""
@@ -73,6 +70,9 @@ class AdaptedModule(nn.Module):
 
     def reset_from_base(self) -> None:
         """Gives the adapter the initial values that depend on the base's weights, if it has such; they are there."""
+
+    def keep_of_base(self) -> None:
+        """Keeps what depends on the base's weights alone, which are there and change no more. A collective."""
 
     def merged_names(self) -> list[str]:
         """The base weights that the adapter adds to."""

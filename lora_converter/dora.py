@@ -6,13 +6,17 @@ n is a constant to the derivative, as in the paper's section 4.3. It is computed
 
     n² = ‖W‖² + 2 s Σ_r (W Aᵀ) ∘ B + s² Σ_r (B (A Aᵀ)) ∘ B
 
+‖W‖² is taken once by a run, whose base stays what was loaded (`keep_of_base`). Elsewhere it is taken in every forward,
+since nothing tells when a weight changes: FSDP2 gathers it anew, and torch.compile sees no version of it.
+
 What trains is not m but what is added to ‖W‖. AdamW takes the same steps, and it is zero at the start: the first
 output is the base's, bit for bit and in any layout, nothing has to wait for the base to be loaded, and where FSDP2
 computes in bf16 the change is rounded, and not a magnitude of which a small change would be lost. Weight decay draws
 m to ‖W‖. PEFT's files have m.
 
 Under tensor parallelism the change lies as the bias does: sharded with the rows of a column-wise weight, whole beside a
-row-wise one, whose sums of squares are partial over the ranks: one all-reduce of 2 x out_features numbers per forward.
+row-wise one, whose sums are partial over the ranks: one all-reduce of out_features numbers per forward, twice as many
+where ‖W‖² is not kept.
 """
 
 from collections.abc import Iterator
@@ -25,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lora_converter.linear import LoRALinear, add_adapter, is_transposed
 from lora_converter.ops import kept, low_rank_update, rows_of
@@ -41,12 +45,14 @@ class DoRALinear(LoRALinear):
 
     Attributes:
         lora_magnitude_change: m − ‖W‖, (out_features).
+        lora_row_squares: ‖W‖² of the rows that this rank computes, if it is kept.
     """
 
     adapter_kind = "linears with a magnitude (DoRA)"
     adapter_parameter_names = (*LoRALinear.adapter_parameter_names, CHANGE)
 
     lora_magnitude_change: Tensor
+    lora_row_squares: Tensor | None
 
     def _linear(
         self,
@@ -61,9 +67,10 @@ class DoRALinear(LoRALinear):
     ) -> Tensor:
         """shards: The mesh over which the features of x, and the columns of the weight, are sharded, if they are."""
         assert with_base
-        change = self.lora_magnitude_change
-        change = change if isinstance(x, DTensor) else local_part(change)
-        scale = row_scales(weight, a, b, change, scaling=self.lora_config.scaling, shards=shards)
+        change, squares = self.lora_magnitude_change, None
+        if not isinstance(x, DTensor):
+            change, squares = local_part(change), self.lora_row_squares
+        scale = row_scales(weight, a, b, change, scaling=self.lora_config.scaling, squares=squares, shards=shards)
         p = self.lora_config.dropout
         if not (self.training and p > 0):
             return scaled(super()._linear(x, weight, None, a, b, with_base=True, shards=shards), scale, bias)
@@ -84,7 +91,7 @@ class DoRALinear(LoRALinear):
         local = local_part(param).float()
         (update,) = super().local_updates(weight)
         squares = self._of_rows(update.add_(local).square().sum(1 - dim))
-        scale = (self.magnitude() / squares.sqrt())[local_indices(param, dim).to(local.device)]
+        scale = (self.magnitude() / norms_of(squares))[local_indices(param, dim).to(local.device)]
         yield update.mul_(scale.unsqueeze(1 - dim)).sub_(local)
 
     def magnitude(self) -> Tensor:
@@ -92,8 +99,22 @@ class DoRALinear(LoRALinear):
         return self.row_norms() + full_tensor(self.lora_magnitude_change.detach()).float()
 
     def row_norms(self) -> Tensor:
-        """‖W‖ of all rows, likewise."""
-        return self._of_rows(local_part(self.weight).float().square().sum(1 - int(self.lora_transposed))).sqrt()
+        """‖W‖ of all rows, likewise; of the base's also while an update is merged into it."""
+        return norms_of(self._row_squares())
+
+    @torch.no_grad()
+    def keep_of_base(self) -> None:
+        """Takes ‖W‖² once, for all forwards to come."""
+        squares, mesh = self._row_squares(), self.lora_a.whole_over
+        if isinstance(self.weight, DTensor):
+            squares = squares.to(self.weight.device_mesh.device_type)  # not where an offloaded weight lies
+        if mesh is not None:
+            squares = distribute_tensor(squares, mesh, [Shard(0)], src_data_rank=None).to_local()
+        self.lora_row_squares = squares
+
+    def _row_squares(self) -> Tensor:
+        weight = local_part((self.lora_unmerged or {}).get("weight", self.weight))
+        return self._of_rows(squares_of(weight.t() if self.lora_transposed else weight))
 
     @torch.no_grad()
     def _of_rows(self, sums: Tensor) -> Tensor:
@@ -114,7 +135,8 @@ class DoRALinear(LoRALinear):
 
     def remove_adapter(self) -> None:
         super().remove_adapter()
-        delattr(self, CHANGE)
+        for name in (CHANGE, "lora_row_squares"):
+            delattr(self, name)
 
 
 def add_dora(linear: nn.Module, config: Any, *, fqn: str, **options: Any) -> DoRALinear:
@@ -127,6 +149,7 @@ def add_dora(linear: nn.Module, config: Any, *, fqn: str, **options: Any) -> DoR
     adapted = add_adapter(linear, config, fqn=fqn, kind=DoRALinear, **options)
     assert isinstance(adapted, DoRALinear)
     adapted.lora_magnitude_change = nn.Parameter(adapted.lora_b.weight.new_zeros(adapted.out_features))
+    adapted.lora_row_squares = None  # on the instance, see `adapt`
     return adapted
 
 
@@ -145,7 +168,14 @@ def check_takes_magnitude(fqn: str, linear: nn.Module) -> None:
 
 
 def row_scales(
-    weight: Tensor, a: Tensor, b: Tensor, change: Tensor, *, scaling: float, shards: DeviceMesh | None = None
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    change: Tensor,
+    *,
+    scaling: float,
+    squares: Tensor | None = None,
+    shards: DeviceMesh | None = None,
 ) -> Tensor:
     """c = (‖W‖ + change) / ‖W + s B A‖ per row, (out_features), at least fp32; with a derivative for `change` alone.
 
@@ -153,18 +183,30 @@ def row_scales(
         weight: (out_features, in_features).
         a: (rank, in_features).
         b: (out_features, rank).
+        squares: ‖W‖² over all in_features, if it is known.
         shards: The mesh over which in_features are sharded, if they are.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
         left, a, b = _times(weight, a.to(weight.dtype)).to(dtype), a.to(dtype), b.to(dtype)
         mixed = left.mul_(2 * scaling).add_(_times(b, _times(a, a)), alpha=scaling * scaling)
-        both = torch.stack([squares, squares + (mixed * b).sum(1)])
+        sums = torch.stack([(mixed * b).sum(1), *([squares_of(weight)] if squares is None else [])])
         if shards is not None:
-            both = funcol.all_reduce(both, "sum", shards)
-        base, now = both.sqrt().unbind()
+            sums = funcol.all_reduce(sums, "sum", shards)
+        squares = sums[1] if squares is None else squares
+        base, now = norms_of(squares), norms_of(squares + sums[0])
     return (base + change.to(dtype)) / now
+
+
+def squares_of(weight: Tensor) -> Tensor:
+    """‖W‖² per row of (out_features, in_features), at least fp32."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+
+
+def norms_of(squares: Tensor) -> Tensor:
+    """Square roots that one can divide by: a row of zeros keeps the scale 1."""
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
 
 
 def _times(x: Tensor, factor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from lora_converter.dora import norms_of
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.names import without_wrappers
@@ -106,5 +107,5 @@ def row_scales(pieces: Iterator[Tensor], magnitude: Tensor, *, transposed: bool)
     """
     squares = [piece.square().sum(0 if transposed else 1) for piece in pieces]
     total = torch.stack(squares).sum(0) if transposed else torch.cat(squares)
-    scale = magnitude.float() / total.sqrt()
+    scale = magnitude.float() / norms_of(total)
     return scale if transposed else scale.unsqueeze(1)

@@ -7,13 +7,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
-from lora_converter.adapted import (
-    AdaptedModule,
-    adapted_modules,
-    adapter_parameters,
-    has_stacked_experts,
-    reshard,
-)
+from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts, reshard
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
@@ -103,6 +97,13 @@ class RunModel:
     def kinds(self) -> set[type[AdaptedModule]]:
         """Kinds of adapters that this run knows by their parameters' names."""
         return {LoRALinear, TokenRowsEmbedding, TokenRowsHead, *(_kind(module) for module in self.adapted)}
+
+    def keep_of_base(self) -> None:
+        """What adapters keep of the base that has been loaded. A collective."""
+        for part in self.parts:
+            reshard(part)
+        for module in self.adapted:
+            module.keep_of_base()
 
     def twins(self) -> Twins:
         """The base, to be read into, before any check of what was trained on it; sets `packed`. A collective."""

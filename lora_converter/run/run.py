@@ -198,6 +198,7 @@ class Run:
             check_shared(self.job.folder)
         for source in sources:
             source.load()
+        self.model.keep_of_base()
         if step != -1 and self.job.saves:
             on_first_rank(lambda: self._branch.begin(step))
         for change in self._hyperparameters.put_back() if found else ():

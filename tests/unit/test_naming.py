@@ -59,7 +59,7 @@ def test_the_adapter_of_every_part_is_its_part_of_the_update_and_comes_back(fqn:
     assert {f"{module}.weight" for module in peft.factors} == expected.keys()
     for module in peft.factors:
         torch.testing.assert_close(peft.delta_weight(module), expected[f"{module}.weight"])
-    back = from_peft(Adapter(), peft, peft_names([fqn]), linears, configs={f"{fqn}.weight": config}, what="it")  # type: ignore[arg-type]
+    back, _ = from_peft(Adapter(), peft, peft_names([fqn]), linears, configs={f"{fqn}.weight": config}, what="it")  # type: ignore[arg-type]
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 

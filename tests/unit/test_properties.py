@@ -116,14 +116,18 @@ def test_any_renaming_permuting_and_splitting_host_gets_its_part_of_the_update_a
     a, b = (torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
     state = {"wx.lora_a.weight": a, "wx.lora_b.weight": b}
     names = {"wx.weight": ("wx.lora_a.weight", "wx.lora_b.weight")}
-    linears, config = {"wx": (out_features, in_features)}, LoRAConfig(rank=rank, alpha=3.0)
-    peft = to_peft(host, dict(state), names, linears, config)  # type: ignore[arg-type]
+    linears, config = {"wx": (out_features, in_features)}, LoRAConfig(rank=rank, alpha=3.0, use_dora=True)
+    of_rows = {"wx.weight": torch.arange(out_features) + 1.0}
+    peft = to_peft(host, dict(state), names, linears, config, magnitudes=of_rows)  # type: ignore[arg-type]
     expected = host.to_hf({"wx.weight": config.scaling * (b.double() @ a.double())})
     assert peft.factors.keys() == host.parts.keys()
     for name in peft.factors:  # fp32 products of a few terms against fp64
         torch.testing.assert_close(peft.delta_weight(name).double(), expected[f"{name}.weight"], rtol=1e-5, atol=1e-5)
-    back = from_peft(host, peft, names, linears, configs={"wx.weight": config}, what="it")  # type: ignore[arg-type]
+    scaled = host.to_hf({"wx.weight": of_rows["wx.weight"].unsqueeze(1).expand(-1, in_features)})
+    assert all(torch.equal(own, scaled[f"{name}.weight"][:, 0]) for name, own in peft.magnitudes.items())
+    back, magnitudes = from_peft(host, peft, names, linears, configs={"wx.weight": config}, what="it")  # type: ignore[arg-type]
     assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert torch.equal(magnitudes["wx"], of_rows["wx.weight"])
 
 
 MODULES = st.lists(
