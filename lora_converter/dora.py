@@ -54,6 +54,9 @@ class DoRALinear(LoRALinear):
     lora_magnitude_change: Tensor
     lora_row_squares: Tensor | None
 
+    def _is_one_operation(self, x: Tensor) -> bool:
+        return True  # as `check_takes_magnitude` has made sure, of which torch.compile sees nothing
+
     def _linear(
         self,
         x: Tensor,

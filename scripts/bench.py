@@ -77,7 +77,9 @@ def layer_ratios(shape: tuple, tokens: int, dtype: torch.dtype, options: argpars
     ratios = {name: ratio(times, name, "frozen") for name in times}
     found = {"frozen_ms": 1e3 * statistics.median(times["frozen"]), **ratios}
     found["ours/full"] = ratio(times, "ours", "full")
+    found["DoRA/ours"] = ratio(times, "DoRA", "ours")
     if "PEFT" in times:
+        found["PEFT DoRA/ours"] = ratio(times, "PEFT DoRA", "ours")
         found["overhead ours/PEFT"] = (ratios["ours"] - 1) / (ratios["PEFT"] - 1)
         found["products alone/PEFT"] = ratios["products alone"] / (ratios["PEFT"] - 1)
     return found

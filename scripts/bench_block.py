@@ -63,11 +63,13 @@ def full(block: Block) -> nn.Module:
     return block
 
 
-def ours(block: Block) -> nn.Module:
-    apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA), dtype=next(block.norms.parameters()).dtype)
+def ours(block: Block, *, use_dora: bool = False) -> nn.Module:
+    dtype = next(block.norms.parameters()).dtype
+    apply_lora(block, LoRAConfig(rank=RANK, alpha=ALPHA, use_dora=use_dora), dtype=dtype)
     for linear in block.modules():
         if isinstance(linear, LoRALinear):
             linear.lora_b.weight.data.normal_(std=0.01)
+            linear.keep_of_base()
     return block
 
 
@@ -78,20 +80,21 @@ def scale_on_output(block: Block) -> nn.Module:
     return block
 
 
-def peft(block: Block) -> nn.Module:
+def peft(block: Block, *, use_dora: bool = False) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
     dtype = block.wq.weight.dtype
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, init_lora_weights=False)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names, init_lora_weights=False, use_dora=use_dora)
     return inject_adapter_in_model(config, block.requires_grad_(False)).to(dtype)
 
 
 PEERS: dict[str, Callable[[Block], nn.Module]] = {
     "frozen": frozen,
     "ours": ours,
+    "DoRA": functools.partial(ours, use_dora=True),
     "scale on output": scale_on_output,
-    **({"PEFT": peft} if importlib.util.find_spec("peft") else {}),
+    **({"PEFT": peft, "PEFT DoRA": functools.partial(peft, use_dora=True)} if importlib.util.find_spec("peft") else {}),
     "full": full,
 }
 

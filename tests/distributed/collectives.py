@@ -80,7 +80,7 @@ def same_collectives(folder: Path, model: str) -> Any:
 
 
 def dora_adds_one_small_reduction(folder: Path) -> Any:
-    """For each row-wise linear, of two numbers per output row; a column-wise one has its norms on its own rank."""
+    """For each row-wise linear, of a number per output row; a column-wise one has its sums on its own rank."""
     options = [*base_options("llama3", folder.parent.parent), *TP2]
     counts = {}
     for name, more in (("plain", ()), ("dora", ("--lora.use_dora",))):
@@ -91,7 +91,7 @@ def dora_adds_one_small_reduction(folder: Path) -> Any:
             layers = run.trainer.model_parts[0].layers.values()
             rows = Counter(layer.attention.wo.out_features for layer in layers)
             rows += Counter(layer.feed_forward.w2.out_features for layer in layers)
-    added = {("all_reduce", 2 * size): count for size, count in rows.items()}
+    added = {("all_reduce", size): count for size, count in rows.items()}
     assert counts["dora"] - counts["plain"] == added and not counts["plain"] - counts["dora"], counts
     return {f"{name} {size}": count for (name, size), count in added.items()}
 
@@ -237,10 +237,12 @@ def a_plain_model_with_biases_and_uneven_shards(folder: Path) -> Any:
         with mock.patch.object(order, "order_of", lambda device, dtype, wanted=wanted: wanted):
             two_ranks_are_one(sequence_parallel=False)
             two_ranks_are_one(sequence_parallel=True)
-            two_ranks_are_one(sequence_parallel=True, use_dora=True)
+            for keeps in (False, True):
+                two_ranks_are_one(sequence_parallel=True, use_dora=True, keeps=keeps)
 
 
-def two_ranks_are_one(*, sequence_parallel: bool, use_dora: bool = False) -> None:
+def two_ranks_are_one(*, sequence_parallel: bool, use_dora: bool = False, keeps: bool = False) -> None:
+    """keeps: What depends on the base alone is computed before the forward."""
     x = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
     between = Shard(0) if sequence_parallel else Replicate()
     plan = {
@@ -250,6 +252,8 @@ def two_ranks_are_one(*, sequence_parallel: bool, use_dora: bool = False) -> Non
     one, two, mesh = adapted_mlp(use_dora=use_dora), adapted_mlp(use_dora=use_dora), init_device_mesh("cpu", (2,))
     parallelize_module(two, mesh, plan)
     mark_partial_gradients(two)
+    for module in (m for model in (one, two) for m in adapted_modules(model) if keeps):
+        module.keep_of_base()
     results = []
     for model, inputs in ((one, x.clone()), (two, distribute_tensor(x, mesh, [between]))):
         inputs.requires_grad_()

@@ -272,6 +272,9 @@ VARIANTS = {
     "DoRA and full AC, TP2": row(2, TP2, FULL_AC, job=DORA),
     "DoRA and dropout, TP2": row(2, TP2, job=(*DORA, *DROPOUT)),
     "DoRA and the output head, TP2": row(2, TP2, model="qwen3", job=(*DORA, *HEAD_TOO)),
+    "DoRA and modules in full, TP2": row(2, TP2, job=(*DORA, *IN_FULL)),
+    "DoRA and selective AC by op, FSDP2": row(2, FSDP2, OP_SAC, job=DORA),
+    "DoRA, CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"], job=DORA),
     "PiSSA, FSDP2": row(2, FSDP2, job=PISSA),
     "PiSSA, DDP2": row(2, DDP2, job=PISSA),
     "PiSSA, TP2": row(2, TP2, job=PISSA),
@@ -294,6 +297,7 @@ VARIANTS = {
 COMPILED = {
     "compile and full AC, FSDP2": row(2, FSDP2, COMPILE, FULL_AC),
     "compile, TP2": row(2, TP2, COMPILE),
+    "compile and DoRA, TP2": row(2, TP2, COMPILE, job=DORA),
 }
 
 SIX = ("FSDP2", "TP2", "PP2 1F1B", "CP2", "MoE, EP2", "PP2 x TP2 x FSDP2")
@@ -312,6 +316,9 @@ BY_HAND = (
     *("tied head, TP2 x FSDP2", "tied head, HSDP 2x2"),
     *(f"PiSSA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("PiSSA, PP2 x CP2 x FSDP2", "PiSSA and full AC, TP2"),
+    *(f"DoRA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
+    *("DoRA, PP2 x CP2 x FSDP2", "DoRA, CPU offload, FSDP2", "DoRA and full AC, TP2"),
+    *("DoRA and selective AC by op, FSDP2", "compile and DoRA, TP2"),
     *(f"packed, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("packed, PP2 x CP2 x FSDP2", "packed and full AC, TP2", "packed, CPU offload, FSDP2"),
     *(f"packed experts, {layout}" for layout in ("DDP2", "HSDP 2x2", "TP2 x FSDP2", "EP2 x FSDP2", "EP2 x TP2")),

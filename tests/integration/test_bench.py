@@ -28,6 +28,7 @@ def test_layer_compares_all_peers_and_draws_them_without_torchtitan(tmp_path: Pa
     (found,) = bench("layer", *options, folder=tmp_path, path=str(tmp_path))
     assert {"update first", "base first", "added"} <= found.keys()
     assert {"frozen", "ours", "scale on output", "PEFT", "full", "ours/full", "overhead ours/PEFT"} <= found.keys()
+    assert {"DoRA", "DoRA/ours", "PEFT DoRA", "PEFT DoRA/ours"} <= found.keys()
     assert found["frozen"] == 1.0 and (tmp_path / "layer.png").stat().st_size > 1000
 
 

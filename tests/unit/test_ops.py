@@ -224,7 +224,7 @@ class Products(TorchDispatchMode):
         self.moved += sum(tensor.numel() for tensor in tensors)
         product = name in ("mm", "addmm", "addmm_", "matmul", "linear")
         self.count += product
-        if not product and out.numel() >= self.elementwise_from:
+        if not product and isinstance(out, torch.Tensor) and out.numel() >= self.elementwise_from:
             self.elementwise.append(name)
         return out
 
