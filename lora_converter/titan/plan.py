@@ -190,7 +190,8 @@ def _checkpointing(job_config: Any) -> Iterator[tuple[str, Any]]:
 
 def _variations(job_config: Any, gpus: int) -> Iterator[tuple[str, Any, int]]:
     """Name, job and GPUs of what a job that does not fit could be instead."""
-    if getattr(getattr(job_config, "lora", None), "base_format", None) == "":
+    lora = getattr(job_config, "lora", None)
+    if lora and not (lora.base_format or lora.use_dora or lora.init):  # of dense weights
         yield "packed base (nf4)", _changed(job_config, lora__base_format="nf4"), gpus
     shards, tp = _shards(job_config.parallelism, gpus), job_config.parallelism.tensor_parallel_degree
     layout = dict(parallelism__data_parallel_shard_degree=2 * shards)

@@ -59,6 +59,7 @@ REFUSED = {
 """Messages that say what is allowed, or what went wrong."""
 
 TOO_LARGE = [JOB, "--memory", "0.02"]
+OF_DENSE_WEIGHTS = [*TOO_LARGE, "--lora.use_dora"]
 
 
 def small(command: list[str]) -> list[str]:
@@ -85,6 +86,7 @@ def found() -> dict[str, tuple[int, str, str]]:
     commands = [small(command) for pair in TROUBLES.values() for command in pair] + [
         *REFUSED.values(),
         small(TOO_LARGE),
+        small(OF_DENSE_WEIGHTS),
     ]
     once = {json.dumps(command): command for command in commands}
     env = dict(os.environ, PYTHONPATH=str(ROOT))
@@ -114,12 +116,18 @@ def test_what_would_change_a_job_that_does_not_fit_is_shown_with_its_numbers(
     found: dict[str, tuple[int, str, str]],
 ) -> None:
     """A packed base among it: of this model 42 linears, not the embedding and the head."""
-    code, plan, error = found[json.dumps(small(TOO_LARGE))]
-    assert code == 0 and "Does not fit in 0.02 GiB" in plan, error
-    lines = plan.partition("What would change it:\n")[2].partition("\n\n")[0].splitlines()
+    lines = variations(found[json.dumps(small(TOO_LARGE))])
     names = ["packed base (nf4)", "FSDP 2, 2 GPUs", "TP 2, 2 GPUs", "full AC", "sequence 32"]
     assert [line[2:24].rstrip() for line in lines] == names
     figures = [re.search(r"kept +[\d.]+, peak +([\d.]+), .* = base ([\d.]+)", line) for line in lines]
     peaks, bases = zip(*(map(float, figure.groups()) for figure in figures if figure), strict=True)
     assert len(peaks) == 5 and peaks[0] < peaks[-1]
     assert bases[0] < bases[-1]
+    lines = variations(found[json.dumps(small(OF_DENSE_WEIGHTS))])
+    assert [line[2:24].rstrip() for line in lines] == names[1:] and all("kept" in line for line in lines)
+
+
+def variations(found: tuple[int, str, str]) -> list[str]:
+    code, plan, error = found
+    assert code == 0 and "Does not fit in 0.02 GiB" in plan, error
+    return plan.partition("What would change it:\n")[2].partition("\n\n")[0].splitlines()

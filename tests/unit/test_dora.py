@@ -30,6 +30,7 @@ from lora_converter.dora import DoRALinear
 from lora_converter.linear import LoRALinear
 from lora_converter.merge import merge_directories
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE, from_model, into_model, load_peft, save_peft
+from lora_converter.sync import AdapterReceiver, IncrementReceiver, pack
 
 TOKENS = torch.randint(0, 320, (2, 32), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
@@ -175,6 +176,16 @@ def test_state_goes_out_and_in() -> None:
     load_adapter_state_dict(other, adapter_state_dict(ours))
     assert torch.equal(other(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
     assert torch.equal(copy.deepcopy(other)(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
+
+
+def test_packages_go_to_adapters_and_not_to_weights() -> None:
+    ours, _ = pair()
+    other, package = tiny_llama(), pack(ours, version=0, base="it")
+    with pytest.raises(ValueError, match=r"lora_magnitude_change, which is no increment of a weight"):
+        IncrementReceiver(other, base="it").receive(package)
+    apply_lora(other, config())
+    AdapterReceiver(other, base="it").receive(package)
+    assert torch.equal(other(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
 
 
 def test_a_linear_with_a_product_of_its_own_is_refused_and_nothing_changed() -> None:

@@ -398,3 +398,22 @@ def test_inspect_shows_what_packing_changed_beside_the_update(
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "merged")]) == 0
     assert f"\nbase: {base} as nf4\n" in capsys.readouterr().out
+
+
+def test_magnitudes_are_those_of_the_weights_that_were_trained(tmp_path: Path) -> None:
+    """DoRA on NF4 weights, by PEFT: W is the unpacked one in the sum and in its norm. fp32, sums in another order."""
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "base")
+    adapted = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "down_proj"))]
+    with torch.no_grad():
+        for name in adapted:
+            weight = model.get_submodule(name).weight
+            weight.copy_(as_trained(weight))
+        peft = get_peft_model(model, LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"]))
+        for key, parameter in peft.named_parameters():
+            if "lora_" in key:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))))
+    peft.save_pretrained(tmp_path / "adapter")
+    found, expected = merged(tmp_path, "--base-as", "nf4"), peft.merge_and_unload().state_dict()
+    for name in adapted:
+        torch.testing.assert_close(found[f"{name}.weight"], expected[f"{name}.weight"], rtol=1e-5, atol=1e-6)
