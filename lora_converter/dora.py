@@ -15,8 +15,7 @@ computes in bf16 the change is rounded, and not a magnitude of which a small cha
 m to ‖W‖. PEFT's files have m.
 
 Under tensor parallelism the change lies as the bias does: sharded with the rows of a column-wise weight, whole beside a
-row-wise one, whose sums are partial over the ranks: one all-reduce of out_features numbers per forward, twice as many
-where ‖W‖² is not kept.
+row-wise one, whose sums are partial over the ranks: one all-reduce of out_features numbers per forward, or of 2 x that.
 """
 
 from collections.abc import Iterator
@@ -138,8 +137,7 @@ class DoRALinear(LoRALinear):
 
     def remove_adapter(self) -> None:
         super().remove_adapter()
-        for name in (CHANGE, "lora_row_squares"):
-            delattr(self, name)
+        del self.lora_magnitude_change, self.lora_row_squares
 
 
 def add_dora(linear: nn.Module, config: Any, *, fqn: str, **options: Any) -> DoRALinear:
@@ -160,9 +158,11 @@ def check_takes_magnitude(fqn: str, linear: nn.Module) -> None:
     """Refuses a linear of whose weight no norm is taken.
 
     Raises:
-        ValueError: It is packed, or has a product of its own: float8, fake quantization.
+        ValueError: It is packed, torchao's way too, or has a product of its own: float8, fake quantization.
     """
-    if type(linear).forward is not nn.Linear.forward and not is_transposed(linear):
+    weight = linear.get_parameter("weight")
+    packed = hasattr(weight, "__tensor_flatten__") and not isinstance(weight, DTensor)
+    if packed or (type(linear).forward is not nn.Linear.forward and not is_transposed(linear)):
         raise ValueError(
             f"lora.use_dora = true: {fqn} is a {type(linear).__name__}, which is packed or has a product of its own, "
             "and DoRA scales rows by the norms of a dense weight. Set lora.use_dora = false, or name it in "

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ import torch.nn as nn
 from hf_models import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torchao.core.config import AOBaseConfig
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear
+from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
+from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -188,13 +194,34 @@ def test_packages_go_to_adapters_and_not_to_weights() -> None:
     assert torch.equal(other(input_ids=TOKENS).logits, ours(input_ids=TOKENS).logits)
 
 
-def test_a_linear_with_a_product_of_its_own_is_refused_and_nothing_changed() -> None:
-    class Own(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return super().forward(input) * 2
+class Doubled(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
 
-    model = nn.Sequential(nn.Linear(4, 4), Own(4, 4))
-    with pytest.raises(ValueError, match=r"use_dora = true: 1 is a Own, which is packed or has a product of its own"):
+
+def quantized(settings: AOBaseConfig) -> Callable[[nn.Linear], nn.Module]:
+    def convert(linear: nn.Linear) -> nn.Module:
+        model = nn.Sequential(linear)
+        quantize_(model, settings)
+        return model[0]
+
+    return convert
+
+
+NOT_DENSE: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "a product of its own": lambda linear: Doubled(32, 32),
+    "float8": lambda linear: Float8Linear.from_float(linear, Float8LinearConfig(emulate=True)),
+    "fake-quantized": quantized(
+        QATConfig(weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=32), step="prepare")
+    ),
+    "quantized": quantized(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_a_linear_of_no_dense_weight_is_refused_and_nothing_changed(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), NOT_DENSE[kind](nn.Linear(32, 32)))
+    with pytest.raises(ValueError, match=r"use_dora = true: 1 is a \w+, which is packed or has a product of its own"):
         apply_lora(model, config(target_modules=["all-linear"]))
     assert not list(adapted_modules(model))
 
