@@ -150,6 +150,11 @@ def _settled(adapter: PeftAdapter, name: str, base: str | Path | None) -> PeftAd
         if plan.replaced:
             raise ValueError(base_weights_in_training(name, plan.replaced))
         return replace(plan.peft, base_weights={}, modules_to_save=[])
+    if adapter.init:
+        raise ValueError(
+            f"{name} belongs to a base that PEFT changed (init_lora_weights = {adapter.init!r}). Name the base as it "
+            "was with --base: a plain adapter is made of it first."
+        )
     if adapter.base_weights:
         raise ValueError(
             f"{name} brings {', '.join(adapter.base_weights)}, and only the base tells whether they are changed. Name "

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from lora_converter.hf.base_as import BASES, AsPacked, check_base_as, weights_as
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import open_model
+from lora_converter.hf.merge_plan import plan_merge
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.hf.quantized_schemes import NF4_PARTS
@@ -38,10 +39,16 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, ba
         base_as: The format that it was packed in, of an adapter that does not record it.
 
     Raises:
-        ValueError: The base lacks a weight, or was not packed in `base_as`.
+        ValueError: The base lacks a weight, or was not packed in `base_as`, or is needed and not named.
     """
     weights = _Weights(Path(base)) if base else None
-    if weights:
+    if adapter.init and not base:
+        raise ValueError(
+            f"The factors belong to a base that PEFT changed (init_lora_weights = {adapter.init!r}). Name the base as "
+            "it was with --base."
+        )
+    if weights and base:
+        adapter = plan_merge(open_model(base), adapter, "the adapter").peft if adapter.init else adapter
         base_as = base_as or (adapter.packed.form if adapter.packed else "")
         if base_as in BASES:
             weights.pack(base_as, adapter.packed)

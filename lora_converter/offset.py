@@ -110,6 +110,14 @@ def make_plain(tensors: MutableMapping[str, Tensor]) -> None:
         tensors.update({f"{fqn}{names[0]}": a, f"{fqn}{names[1]}": b})
 
 
+def undo_plain(tensors: MutableMapping[str, Tensor]) -> None:
+    """The inverse of `make_plain`, of what it has made, but for the rounding of two sums."""
+    names = OffsetLinear.adapter_parameter_names
+    for fqn in [name.removesuffix(names[0]) for name in tensors if name.endswith(f".{names[0]}")]:
+        (a, gone), (moved, b0) = (tensors[f"{fqn}{names[i]}"].chunk(2, i) for i in (0, 1))
+        tensors.update(zip((f"{fqn}{name}" for name in names), (a, b0 + moved, a - gone, b0), strict=True))
+
+
 def initial_factors(weight: Tensor, config: LoRAConfig, *, name: str) -> tuple[Tensor, Tensor]:
     """A₀ (rank, in_features) and B₀ (out_features, rank) of a weight, in fp32, as PEFT 0.21 computes them.
 

@@ -17,6 +17,7 @@ from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacke
 from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.bridge import linears_like_experts
+from lora_converter.hf.changed_base import check_way_round
 from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
@@ -27,7 +28,7 @@ from lora_converter.hf.trained_tokens import TokenRows, module_in
 from lora_converter.linear import LoRALinear
 from lora_converter.names import plain_modules, plain_parameters
 from lora_converter.new_tokens import token_rows
-from lora_converter.offset import OffsetLinear, make_plain
+from lora_converter.offset import make_plain
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
@@ -99,11 +100,7 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     Raises:
         ValueError: Names, shapes or the scaling do not fit; nothing is written.
     """
-    if offset := [module.lora_fqn for module in adapted_modules(model) if isinstance(module, OffsetLinear)]:
-        raise ValueError(
-            f"The factors of {', '.join(offset)} began at the weight (init), and what they began at is in no PEFT "
-            "directory. Load it into adapters without init, of its rank."
-        )
+    _check_beginnings(adapter, model)
     adapter = adapter.renamed(Aliases(adapter_configs(model)))
     params = dict(plain_parameters(model))
     trained = trained_parameters(model)
@@ -123,6 +120,9 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     names = {module: (f"{module}.{a}", f"{module}.{b}") for module in adapter.factors} | _peft_names(model)
     state = {n: f for module, pair in adapter.factors.items() for n, f in zip(names[module], pair, strict=True)}
     state |= {n: w for n, w in adapter.base_weights.items() if n in trained}
+    if adapter.init:  # what they began at is the base's, which has not changed
+        frozen = {f"{m.lora_fqn}.{name}" for m in adapted_modules(model) for name in m.frozen_parameter_names}
+        state |= {name: tensor for name, tensor in adapter_state_dict(model).items() if name in frozen}
     load_adapter_state_dict(model, state | _magnitude_changes(adapter, model) | _token_rows(adapter, model))
 
 
@@ -158,6 +158,27 @@ def _token_rows(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tenso
             f"apply_lora tokens = {next(iter(there.values()), [])}."
         )
     return found
+
+
+def _check_beginnings(adapter: PeftAdapter, model: nn.Module) -> None:
+    """Refuses factors that began elsewhere than the model's do.
+
+    Raises:
+        ValueError: They did; all modules are named.
+    """
+    configs = adapter_configs(model)
+    if not adapter.init and (offset := [fqn for fqn, config in configs.items() if config.init]):
+        raise ValueError(
+            f"The factors of {', '.join(offset)} began at the weight (init), and what they began at is in no PEFT "
+            "directory. Load it into adapters without init, of its rank."
+        )
+    if other := [fqn for fqn, config in configs.items() if config.init != adapter.init]:
+        raise ValueError(
+            f"The adapter belongs to a base that PEFT changed (init_lora_weights = {adapter.init!r}), and those of "
+            f"{', '.join(other)} do not begin there: give apply_lora init = {adapter.init!r}."
+        )
+    transposed = [m.lora_fqn for m in adapted_modules(model) if isinstance(m, LoRALinear) and m.lora_transposed]
+    check_way_round(adapter, transposed, "The adapter")
 
 
 def _packed_base(model: nn.Module) -> PackedBase | None:

@@ -17,6 +17,7 @@ import torch
 
 from lora_converter.config import LoRAConfig
 from lora_converter.fit import Misfit
+from lora_converter.hf.changed_base import check_same_matrix
 from lora_converter.hf.expert_bridge import HostExperts, briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
 from lora_converter.hf.magnitudes import NO_VLLM, check_no_magnitudes_of_parameters
@@ -195,6 +196,7 @@ def from_peft(
         a, b, m = torch.empty(rank, in_features), torch.empty(out_features, rank), torch.empty(out_features)
         for hf in hf_linears(adapter, fqn, out_features=out_features, in_features=in_features):
             used.add(hf.name)
+            check_same_matrix(hf, peft.init, out_features)
             if hf.name not in peft.factors:
                 misfit.missing.append(hf.name)
                 continue

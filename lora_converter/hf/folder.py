@@ -54,6 +54,11 @@ class ModelFolder:
     config: dict[str, Any]
     ignored: list[str]
 
+    def read(self, key: str) -> torch.Tensor:
+        """A weight, whole."""
+        with safe_open(self.weights[key][0], framework="pt") as file:
+            return file.get_tensor(key)
+
 
 def open_model(folder: str | Path) -> ModelFolder:
     """What a Hugging Face model folder says that it holds, compared with its files' headers.

@@ -5,10 +5,12 @@ the embedding, and say of a weight's orientation what is not so. All of that is 
 headers and `config.json`, or refused by name.
 """
 
+import functools
 import logging
 from collections.abc import Iterable
 
 from lora_converter.hf.base_as import CONV1D_MODELS, check_base_as, is_conv1d, weights_as
+from lora_converter.hf.changed_base import beside_base
 from lora_converter.hf.expert_layouts import layout_of
 from lora_converter.hf.experts import fit_experts
 from lora_converter.hf.folder import ModelFolder
@@ -59,6 +61,8 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: s
     problems += keys.left_behind(plan)
     if problems:
         raise ValueError(f"The adapter in {adapter} does not fit the base in {base.path}: {'; '.join(problems)}.")
+    reading = {of.module: (functools.partial(base.read, key), of.transposed) for key, of in plan.updates.items()}
+    plan.peft = beside_base(plan.peft, reading, adapter, base_as=base_as)
     _keep_tied_head(base, plan)
     heads = [key for key in (*plan.updates, *plan.replaced) if last_part(key.removesuffix(".weight")) in HEADS]
     plan.untied = plan.untied or bool(heads and is_tied(base))

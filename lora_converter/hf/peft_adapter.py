@@ -59,6 +59,8 @@ class PeftAdapter:
     """Module -> DoRA's magnitude of each row, (out_features), of all modules or of none."""
     token_rows: dict[str, TokenRows] = field(default_factory=dict)
     """Embedding or head -> rows of single tokens that were trained."""
+    init: str = ""
+    """Other than empty: the factors belong to a base that PEFT changed, and are no update of it (`changed_base.py`)."""
     peft_version: str = PEFT_VERSION
     """Whose rules tell which way round factors of stacked experts are; empty of a file that does not say."""
 
@@ -71,7 +73,8 @@ class PeftAdapter:
     def settings(self) -> dict[str, Any]:
         """What a job on this adapter has in `[lora]`, beside patterns and targets."""
         use_dora = bool(self.magnitudes)
-        return {"rank": self.rank, "alpha": self.alpha, "use_rslora": self.use_rslora, "use_dora": use_dora}
+        own = {"rank": self.rank, "alpha": self.alpha, "use_rslora": self.use_rslora}
+        return {**own, "use_dora": use_dora, "init": self.init}
 
     @property
     def matrices(self) -> int:
@@ -183,7 +186,7 @@ def config_of(adapter: PeftAdapter) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights": adapter.init or True,
         "lora_alpha": _short_number(adapter.alpha),
         "lora_dropout": 0.0 if parameters else adapter.dropout,
         "modules_to_save": sorted(adapter.modules_to_save) or None,

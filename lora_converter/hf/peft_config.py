@@ -73,7 +73,7 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-_HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa")
 _A_NAME_LIST = "a string or a list of strings"
 
 
@@ -125,9 +125,11 @@ FIELDS: dict[str, Field] = {
     "init_lora_weights": Field(
         "refused",
         "how the factors began. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base too: unless PEFT converted the "
-        "adapter when it was saved (path_initial_model_for_weight_conversion), the factors belong to that changed base",
-        "true, false, 'gaussian', 'eva', 'orthogonal' or 'mica'",
-        lambda value: value in _HARMLESS_INITS if isinstance(value, str | bool) else False,
+        "adapter when it was saved (path_initial_model_for_weight_conversion), the factors belong to that changed "
+        "base. PiSSA's and OLoRA's is computed again; that of a randomised SVD without a seed (pissa_niter_N), or of "
+        "data, cannot be",
+        "true, false, 'gaussian', 'eva', 'orthogonal', 'mica', 'pissa' or 'olora'",
+        lambda value: isinstance(value, str | bool) and (value in _INITS or str(value).lower() == "olora"),
     ),
     "bias": Field("refused", "biases were trained and are stored beside", "'none'", lambda value: value == "none"),
     "lora_bias": _refused("B has a bias"),

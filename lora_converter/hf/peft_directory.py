@@ -21,18 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lora_converter.files import appears_complete, remove
+from lora_converter.hf.changed_base import check_init, init_of
 from lora_converter.hf.folder import read_header, write_tensors
 from lora_converter.hf.magnitudes import check_magnitudes, magnitudes_in_file, take_magnitudes
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, check_factors, config_of
-from lora_converter.hf.peft_config import (
-    CONFIG_FILE,
-    DEFAULT_ALPHA,
-    DEFAULT_RANK,
-    WEIGHTS_FILE,
-    as_list,
-    read_config,
-)
+from lora_converter.hf.peft_config import CONFIG_FILE, DEFAULT_ALPHA, DEFAULT_RANK, WEIGHTS_FILE, as_list, read_config
 from lora_converter.hf.peft_patterns import match_pattern
 from lora_converter.hf.saved_modules import is_saved
 from lora_converter.hf.stacked import from_file, in_file, keys_in_file
@@ -192,10 +186,12 @@ def load_peft(folder: str | Path) -> PeftAdapter:
         modules_to_save=saved,
         magnitudes=magnitudes,
         token_rows=token_rows,
+        init=init_of(config),
         peft_version=config.get("peft_version") or "",
     )
     check_factors(adapter, ranks, str(folder))
     check_magnitudes(adapter, str(folder / CONFIG_FILE), use_dora=bool(config.get("use_dora")))
+    check_init(adapter, str(folder / CONFIG_FILE))
     if broken := adapter.not_finite():
         logger.warning("%s: the factors of %s hold nan or inf.", folder, ", ".join(broken))
     return adapter

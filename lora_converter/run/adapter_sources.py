@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from lora_converter.adapted import check_peft_forms, reshard
+from lora_converter.config import LoRAConfig
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dora import CHANGE, DoRALinear
@@ -24,6 +25,7 @@ from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
 from lora_converter.hf.tokenizer_files import tokens_named
 from lora_converter.hf.trained_tokens import module_in
+from lora_converter.offset import undo_plain
 from lora_converter.ranks import agreed, together, union_over_ranks
 from lora_converter.run.base_identity import (
     PackedWeights,
@@ -37,6 +39,7 @@ from lora_converter.run.description import (
     Description,
     check_same_run,
 )
+from lora_converter.run.initial_factors import InitialFactors
 from lora_converter.run.model import RunModel
 from lora_converter.run.peft_io import load_peft_everywhere, trained_in
 from lora_converter.run.steps import Step, adapters_in
@@ -76,10 +79,15 @@ class AdapterSource:
 
 
 class PeftSource:
-    """A PEFT directory."""
+    """A PEFT directory.
 
-    def __init__(self, model: RunModel, path: str):
-        self._model, self._path = model, path
+    Args:
+        of_run: It is what this run has written at its end; with `init` that is a plain adapter.
+    """
+
+    def __init__(self, model: RunModel, path: str, *, of_run: bool = False):
+        self._model, self._path, self._of_run = model, path, of_run
+        self._init = model.host.job.config.init
 
     def check(self) -> None:
         """Compares settings, names and shapes."""
@@ -88,6 +96,9 @@ class PeftSource:
         _check_has_base(model, self._path)
         check_peft_forms_everywhere(model)
         names, linears, configs = model.peft_names(), model.linear_shapes(), model.configs()
+        config: LoRAConfig = model.host.job.config
+        if self._of_run:
+            configs, config = {fqn: own.of_plain() for fqn, own in configs.items()}, config.of_plain()
         adapted, experts = model.adapted_fqns(), model.expert_shapes()
         stored = host_experts(adapter, experts)
         peft = load_peft_everywhere(self._path, adapter, linears, stored)
@@ -101,7 +112,8 @@ class PeftSource:
         # Of what the job trains beside, the directory may have less: that starts from the base.
         in_full = {*modules_of_keys(trained), *(trained_in(peft, adapter) if copies else ())}
         there = replace(description, lora={**description.lora, **peft.settings, "train_also": sorted(in_full)})
-        here = replace(description, lora={**description.lora, "train_also": modules_of_keys(trained)})
+        own = {name: getattr(config, name) for name in peft.settings}
+        here = replace(description, lora={**description.lora, **own, "train_also": modules_of_keys(trained)})
         check_same_run(self._path, there, here, there=adapted, here=adapted, experts=experts, base=model.base_names())
         self._rows = self._rows_of_tokens(peft, adapter)
         self._copies = {name: value for name, value in copies.items() if name not in trained}
@@ -114,6 +126,8 @@ class PeftSource:
         self._state_dict, self._magnitudes = from_peft(
             adapter, peft, names, linears, configs=of_weights, what=self._path, experts=stored
         )
+        if self._of_run and self._init:
+            undo_plain(self._state_dict)
         self._base_fingerprint = peft.base_fingerprint
 
     def _rows_of_tokens(self, peft: PeftAdapter, adapter: StateDictAdapter) -> dict[str, torch.Tensor]:
@@ -138,6 +152,8 @@ class PeftSource:
         check_base_of_adapter(self._model, self._path, self._base_fingerprint)
         _check_copies(self._model, self._copies, self._path)
         logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
+        if self._init and not self._of_run:  # what its factors began at is the base's, as PEFT computes it again too
+            InitialFactors(self._model).load()
         for module in self._model.adapted:
             if isinstance(module, DoRALinear):
                 norms = module.row_norms()

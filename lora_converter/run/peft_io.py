@@ -82,7 +82,7 @@ def config_of_peft(
         ValueError: A setting is not at its default and differs from the directory's.
     """
     default, what = LoRAConfig(), config.initial_adapter_path
-    if config.init:
+    if config.init and not peft.init:
         raise ValueError(
             f"lora.init = {config.init!r}, but the adapter in {what} says where it begins. Leave lora.init out."
         )

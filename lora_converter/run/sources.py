@@ -100,7 +100,7 @@ class StepSource:
         self._lacks_state = wants_state and not over and not step.has_state
         self._is_end = over and (step.is_peft or (wants_state and not step.has_state))
         self._model_only = number == 0 or self._is_end
-        self._peft = PeftSource(model, f"{step.path}") if step.is_peft else None
+        self._peft = PeftSource(model, f"{step.path}", of_run=True) if step.is_peft else None
 
     @staticmethod
     def loads_state(job: Job) -> bool:

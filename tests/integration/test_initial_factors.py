@@ -7,13 +7,15 @@ import pytest
 import torch
 from harness import adapter_state, build, finish, train
 from hf_models import tiny_llama
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_checkpoint import failing
 from torch.distributed.checkpoint import FileSystemReader
 
 from lora_converter.cli import main
 from lora_converter.offset import initial_factors
 from lora_converter.peft import load_peft
+
+LINEARS = ["q_proj", "down_proj"]
 
 
 def options(base: Path, init: str = "pissa") -> list[str]:
@@ -108,3 +110,45 @@ def test_a_step_folder_is_exported_as_the_trainer_would_have(hf_base: Path, tmp_
     assert main(["export", *arguments]) == 0
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "exported" / name).read_bytes() == (step(tmp_path / "peft", 2) / name).read_bytes()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_job_goes_on_from_what_peft_saved_without_converting_it(init: str, hf_base: Path, tmp_path: Path) -> None:
+    twin = get_peft_model(tiny_llama(), LoraConfig(r=3, lora_alpha=6, target_modules=LINEARS, init_lora_weights=init))
+    for index, param in enumerate(p for p in twin.parameters() if p.requires_grad):
+        param.data += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(index))
+    twin.save_pretrained(tmp_path / "adapter")
+    start = [*options(hf_base)[:2], f"--lora.initial_adapter_path={tmp_path}/adapter", "--lora.rank=16"]
+    end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=2"]
+    run = build(tmp_path / "run", *start, *end, "--checkpoint.interval=1")
+    run.trainer.checkpointer.load()
+    inputs = torch.arange(24).view(2, 12) * 7 % 320
+    with torch.no_grad():  # rows of q and k have another order here, so that fp32 sums of the decomposition differ
+        torch.testing.assert_close(run.trainer.model_parts[0](inputs), twin(inputs).logits, atol=1e-4, rtol=1e-4)
+    finish(run)
+    # A resume takes A₀ and B₀ from the step.
+    again = build(tmp_path / "run", *start, *end, "--checkpoint.load_step=1")
+    again.trainer.checkpointer.load()
+    assert sum(name.endswith("lora_a0.weight") for name in adapter_state(again)) == len(LINEARS) * 4
+    again.trainer.close()
+    exported = PeftModel.from_pretrained(tiny_llama(), step(tmp_path / "run", 2))
+    with torch.no_grad():
+        want = run.trainer.model_parts[0](inputs)
+        torch.testing.assert_close(exported(inputs).logits, want, atol=2e-5, rtol=1e-5)
+        assert (want - twin(inputs).logits).abs().max() > 1e-4
+    told = rf"has {init!r}\. Leave lora\.init out to take the adapter's\."
+    with pytest.raises(ValueError, match=told):
+        build(tmp_path / "other", *start, f"--lora.init={'olora' if init == 'pissa' else 'pissa'}")
+
+
+def test_a_run_that_is_over_is_known_to_be(hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    end = ["--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only", "--training.steps=2"]
+    first = train(tmp_path, *options(hf_base), *end)
+    caplog.set_level(logging.INFO)
+    again = build(tmp_path, *options(hf_base), *end)
+    again.trainer.checkpointer.load()
+    assert "the run ended at step 2; there is nothing left to train" in caplog.text
+    with torch.no_grad():
+        want, found = (each.trainer.model_parts[0](first.batches[0][0]) for each in (first, again))
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-5)
+    again.trainer.close()

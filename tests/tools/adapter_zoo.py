@@ -86,6 +86,7 @@ BASES = {
 
 HARMLESS_INITS = [True, False, "gaussian", "orthogonal", "mica"]
 CHANGED_BASE_INITS = ["pissa", "pissa_niter_4", "olora"]
+"""Of which the randomised one cannot be computed again."""
 
 
 @dataclass
@@ -155,7 +156,9 @@ def _options(shape: Base, tied: bool, rng: random.Random, found: Specimen) -> di
         sometimes(0.1, "resized vocabulary")
     if not shape.transposed:
         if options["target_modules"] is targets and "resized vocabulary" not in found.traits:
-            sometimes(0.1, "changed base", ["init_lora_weights"], init_lora_weights=rng.choice(CHANGED_BASE_INITS))
+            init = rng.choice(CHANGED_BASE_INITS)
+            refused = ["init_lora_weights"] * (init == "pissa_niter_4" or "lm_head" in targets)
+            sometimes(0.1, "changed base", refused, init_lora_weights=init)
         if "changed base" not in found.traits:
             sometimes(0.08, "DoRA", use_dora=True, init_lora_weights=True)
     sometimes(0.08, "bias", ["bias"], bias="lora_only")
@@ -276,7 +279,7 @@ def give_adapter(model: PreTrainedModel, adapter: PeftAdapter) -> None:
     config = LoRAConfig(
         rank=adapter.rank, alpha=adapter.alpha, use_rslora=adapter.use_rslora, target_modules=list(adapter.factors),
         rank_pattern={m: adapter.rank_of(m) for m in adapter.factors if adapter.rank_of(m) != adapter.rank},
-        alpha_pattern=dict(adapter.alphas), use_dora=bool(adapter.magnitudes),
+        alpha_pattern=dict(adapter.alphas), use_dora=bool(adapter.magnitudes), init=adapter.init,
         train_also=modules_of_keys(key for key in adapter.base_weights if is_saved(key, adapter.modules_to_save)),
     )  # fmt: skip
     assert adapter.factors.keys() <= ours.keys()

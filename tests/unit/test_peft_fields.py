@@ -73,7 +73,7 @@ ON: dict[str, Any] = {
     "monteclora_config": {"n": 1},
     "velora_config": {"rank": 1},
     "megatron_config": {"size": 1},
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "corda",
 }
 
 
@@ -89,11 +89,17 @@ def test_what_changes_the_meaning_is_refused_with_field_and_value(name: str, fol
     assert f"{CONFIG_FILE}: {name} = {ON[name]!r} is not supported; it must be " in str(error.value)
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "something_new"])
-def test_factors_of_a_changed_base_are_refused(init: str, folder: Path) -> None:
+@pytest.mark.parametrize("init", ["PiSSA", "pissa_niter_16", "corda", "loftq", "lora_ga", "something_new", 1])
+def test_factors_of_a_changed_base_that_cannot_be_had_again_are_refused(init: str, folder: Path) -> None:
     say(folder, init_lora_weights=init)
     with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
         load_peft(folder)
+
+
+@pytest.mark.parametrize(("said", "init"), [("pissa", "pissa"), ("olora", "olora"), ("OLoRA", "olora"), (True, "")])
+def test_factors_of_a_changed_base_that_can_be_had_again_are_known_as_such(said: Any, init: str, folder: Path) -> None:
+    say(folder, init_lora_weights=said)
+    assert load_peft(folder).init == init
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
@@ -156,12 +162,12 @@ def test_one_reader_refuses_everywhere(tmp_path: Path, capsys: pytest.CaptureFix
     model = square_model()
     apply_lora(model, LoRAConfig(rank=2))
     save_peft(from_model(model), tmp_path / "adapter")
-    say(tmp_path / "adapter", init_lora_weights="olora")
+    say(tmp_path / "adapter", init_lora_weights="loftq")
     (tmp_path / "base").mkdir()
     save_file(square_model().state_dict(), tmp_path / "base" / "model.safetensors")
-    with pytest.raises(ValueError, match="init_lora_weights = 'olora'"):
+    with pytest.raises(ValueError, match="init_lora_weights = 'loftq'"):
         merge_directories(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    with pytest.raises(ValueError, match="init_lora_weights = 'olora'"):
+    with pytest.raises(ValueError, match="init_lora_weights = 'loftq'"):
         into_model(load_peft(tmp_path / "adapter"), model)
     for command in (
         ["inspect", str(tmp_path / "adapter")],
@@ -175,7 +181,7 @@ def test_one_reader_refuses_everywhere(tmp_path: Path, capsys: pytest.CaptureFix
             str(tmp_path / "x"),
         ],
     ):
-        assert main(command) == 1 and "init_lora_weights = 'olora'" in capsys.readouterr().err
+        assert main(command) == 1 and "init_lora_weights = 'loftq'" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
