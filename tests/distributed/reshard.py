@@ -5,6 +5,7 @@ The losses of steps 6 to 10 must be those of one rank that was never stopped; Ad
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from harness import build, finish
 from launch import main
 from parity import (
     FSDP2,
+    PISSA,
     PP2,
     STEPS,
     TP2,
@@ -28,6 +30,8 @@ HALF = STEPS // 2
 
 SAVED_ON = {"1 rank": row(1), "FSDP2": row(2, FSDP2), "TP2": row(2, TP2), "PP2": row(2, PP2)}
 RESUMED_ON = {**SAVED_ON, "TP2 x PP2": row(4, TP2, PP2)}
+PISSA_ON = {"1 rank": row(1, job=PISSA), "FSDP2": row(2, FSDP2, job=PISSA), "PP2": row(2, PP2, job=PISSA)}
+"""Resumed on; saved on TP2. What factors began at is in the step, and nobody decomposes a weight again."""
 EXPORTED_FROM = {**SAVED_ON, "TP2 x PP2 x FSDP2": row(8, TP2, PP2, FSDP2)}
 
 
@@ -49,6 +53,11 @@ def resume(row: Row, folder: Path, bases: Path) -> dict[str, float]:
     difference = relative(losses_of(run), reference[HALF:])
     assert difference < 1e-5, difference
     return {"loss": difference}
+
+
+def resume_pissa(row: Row, folder: Path, bases: Path) -> dict[str, float]:
+    with mock.patch("lora_converter.run.initial_factors.initial_factors", None):
+        return resume(row, folder, bases)
 
 
 def export(layout: str, bases: Path) -> None:
@@ -83,6 +92,12 @@ def checks(bases: Path, ranks: int) -> dict[str, Any]:
             if needs.ranks == ranks:
                 folder = bases / "saved" / saved
                 found[f"resume on {layout} from {saved}"] = lambda _, row=needs, f=folder: resume(row, f, bases)
+    folder = bases / "saved" / "PiSSA"
+    if ranks == 2:
+        found["save PiSSA on TP2"] = lambda _: save(row(2, TP2, job=PISSA), folder, bases)
+    for layout, needs in PISSA_ON.items():
+        if needs.ranks == ranks == 2:
+            found[f"resume PiSSA on {layout}"] = lambda _, row=needs: resume_pissa(row, folder, bases)
     for layout, needs in EXPORTED_FROM.items():
         if needs.ranks == ranks:
             found[f"export on {layout}"] = lambda _, layout=layout: export(layout, bases)

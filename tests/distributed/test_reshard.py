@@ -2,8 +2,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launch import launch
-from reshard import EXPORTED_FROM, RESUMED_ON, SAVED_ON, checks, save
+from parity import train_row
+from reshard import EXPORTED_FROM, PISSA_ON, RESUMED_ON, SAVED_ON, checks, resume_pissa, save
 
 pytestmark = pytest.mark.slow
 
@@ -16,7 +18,7 @@ def verdicts(bases: Path) -> dict[str, Any]:
     for ranks in (2, 4, 8, 1):
         folder = bases / f"reshard-{ranks}"
         folder.mkdir()
-        names = [name for name in checks(bases, ranks) if name != "save on 1 rank"]
+        names = [name for name in checks(bases, ranks) if name != "save on 1 rank" and "PiSSA" not in name]
         found.update(launch("reshard.py", ranks=ranks, folder=folder, checks=names))
     return found
 
@@ -26,6 +28,17 @@ def verdicts(bases: Path) -> dict[str, Any]:
 def test_a_run_continues_on_another_layout(verdicts: dict[str, Any], saved_on: str, layout: str) -> None:
     verdict = verdicts[f"resume on {layout} from {saved_on}"]
     assert not verdict["error"], verdict["error"]
+
+
+def test_what_began_at_the_base_continues_on_another_layout(bases: Path) -> None:
+    one = PISSA_ON["1 rank"].one_rank
+    torch.save(train_row(one, bases / "run-of-pissa", bases), bases / f"{one.key}.pt")
+    (bases / "reshard-pissa").mkdir()
+    names = [name for name in checks(bases, 2) if "PiSSA" in name]
+    assert names == ["save PiSSA on TP2", "resume PiSSA on FSDP2", "resume PiSSA on PP2"]
+    verdicts = launch("reshard.py", ranks=2, folder=bases / "reshard-pissa", checks=names)
+    assert {name: verdict["error"] for name, verdict in verdicts.items()} == dict.fromkeys(names, "")
+    resume_pissa(PISSA_ON["1 rank"], bases / "saved" / "PiSSA", bases)
 
 
 @pytest.mark.parametrize("layout", EXPORTED_FROM)
