@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lora_converter.config import LoRAConfig
 from lora_converter.swap import check_forward_is_called, class_below, follow_hook, reduced, subclass_with, swap_class
-from lora_converter.tensors import local_part
+from lora_converter.tensors import local_part, reshard
 from lora_converter.trained import trained_parameters
 from lora_converter.updates import add_updates, on_all_ranks
 
@@ -68,8 +68,11 @@ class AdaptedModule(nn.Module):
         """Gives the adapter its initial values, which depend on `seed` and the canonical name alone. No collective."""
         raise NotImplementedError
 
-    def reset_from_base(self) -> None:
-        """Gives the adapter the initial values that depend on the base's weights, if it has such; they are there."""
+    def reset_from_base(self, seed: int) -> None:
+        """Gives the adapter the initial values that depend on the base's weights, if it has such. A collective.
+
+        The weights are there, and sharded parameters in place.
+        """
 
     def keep_of_base(self) -> None:
         """Keeps what depends on the base's weights alone, which are there and change no more. A collective."""
@@ -245,10 +248,3 @@ def has_stacked_experts(model: nn.Module) -> bool:
     """Whether a model keeps routed experts in parameters of three dims, (experts, out, in); packed, of one more."""
     adapters = {id(param) for param in adapter_parameters(model).values()}
     return any(p.ndim - (p.dtype is torch.uint8) == 3 and id(p) not in adapters for p in model.parameters())
-
-
-def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters of FSDP2 in place."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

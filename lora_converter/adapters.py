@@ -22,7 +22,6 @@ from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
 from lora_converter.targets import ALL_LINEAR, look_up, matches, select_targets
 from lora_converter.tensor_parallel import LoRAFactor
-from lora_converter.token_rows import TokenRows
 from lora_converter.trained import (
     mark_trained,
     modules_with_parameters,
@@ -127,9 +126,7 @@ def apply_lora(
     for each in adapted:
         if not next(iter(each.adapter_parameters().values())).is_meta:
             each.reset_adapter(seed)
-            each.reset_from_base()
-            if isinstance(each, TokenRows):
-                each.begin(seed)
+            each.reset_from_base(seed)
     tell_what_merging_means(adapted)
     return adapted
 
@@ -233,7 +230,7 @@ def reset_adapters(model: nn.Module, *, seed: int, from_base: bool = True) -> No
     for module in adapted_modules(model):
         module.reset_adapter(seed)
         if from_base:
-            module.reset_from_base()
+            module.reset_from_base(seed)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:

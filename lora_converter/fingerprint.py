@@ -15,12 +15,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
 
-from lora_converter.adapted import adapter_parameters, reshard
+from lora_converter.adapted import adapter_parameters
 from lora_converter.names import plain_parameters
 from lora_converter.new_tokens import grown_weights
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
-from lora_converter.tensors import local_part
+from lora_converter.tensors import local_part, reshard
 
 _ELEMENTS_AT_A_TIME = {"cpu": 2**17, "cuda": 2**20}
 """By kind of device: few enough for a CPU's cache, enough to make launches of kernels cheap, and few enough for

@@ -11,24 +11,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
 from lora_converter.files import appears_complete, read_json
-from lora_converter.hf.base_as import AsPacked, tell_of_packed
-from lora_converter.hf.folder import FLOATS, INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
-from lora_converter.hf.magnitudes import row_scales
-from lora_converter.hf.merge_keys import MergePlan, Update
+from lora_converter.hf.base_as import tell_of_packed
+from lora_converter.hf.folder import INDEX_FILE, Entry, ModelFolder, open_model, read_header, write_header
+from lora_converter.hf.merge_keys import MergePlan
 from lora_converter.hf.merge_plan import plan_merge
-from lora_converter.hf.peft_adapter import PeftAdapter, delta_factors
+from lora_converter.hf.merged_rows import merged_rows
+from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.peft_directory import load_peft
 from lora_converter.hf.tokenizer_files import copy_tokenizer
-from lora_converter.tensors import is_finite
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +33,6 @@ RECORD_FILE = "lora_merge.json"
 """Beside the merged weights, which do not tell what was merged into them."""
 
 _RECORD = {"adapter": str, "base": str, "rank": int, "alpha": float, "scaling": float, "targets": str}
-_ELEMENTS_AT_A_TIME = 2**24
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 _INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 _NOT_COPIED = (".git", ".cache")
@@ -137,73 +133,8 @@ def _merge_shard(model: ModelFolder, source: Path, target: Path, plan: MergePlan
     with open(target, "wb") as file:
         write_header(file, written, metadata)
         for name, origin in origins.items():
-            for rows in _merged_rows(source, name, origin, plan, dtype):
+            for rows in merged_rows(source, name, origin, plan, dtype):
                 file.write(rows.contiguous().view(torch.uint8).numpy().data)
-
-
-def _merged_rows(
-    source: Path, key: str, origin: str, plan: MergePlan, dtype: torch.dtype | None
-) -> Iterator[torch.Tensor]:
-    """A weight's rows with their update, W + s · B A, in fp32 and rounded once. Other tensors as they are."""
-    with safe_open(source, framework="pt") as file:  # opened for each tensor: its pages in memory go with it
-        weight = file.get_tensor(origin)
-    stored = weight.dtype
-    weight = plan.replaced.get(key, weight)
-    if not weight.numel():
-        return
-    dtype = dtype if dtype and stored in FLOATS else stored
-    update, packed = plan.updates.get(key), plan.packed.get(key)
-    for rows, delta in _with_deltas(weight, plan.peft, update, packed):
-        rows = rows if delta is None else rows + delta
-        result = rows.to(dtype)
-        if (update is not None or packed is not None or result.dtype != weight.dtype) and not _stays_finite(
-            rows, result
-        ):
-            raise ValueError(
-                f"{key} does not fit into {str(dtype).removeprefix('torch.')}: of {plan.adapter} and {source} it would "
-                "hold nan or inf. Nothing is written. "
-                + ("Name a wider --dtype, bfloat16 say." if dtype == torch.float16 else "One of the two is damaged.")
-            )
-        yield result
-
-
-def _with_deltas(
-    weight: torch.Tensor, peft: PeftAdapter, update: Update | None, packed: AsPacked | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Some rows of a weight at a time, of stacked experts one after the other, with s · B A of them, fp32."""
-    if update is None and packed is None:
-        matrix = weight.reshape(weight.shape[0] if weight.ndim else 1, -1)
-        yield from ((rows, None) for rows in matrix.split(max(1, _ELEMENTS_AT_A_TIME // matrix.shape[1])))
-        return
-    together = packed.rows_together if packed else 1
-    size = max(1, _ELEMENTS_AT_A_TIME // weight.shape[-1] // together) * together
-    as_trained = packed.unpacked if packed else torch.Tensor.float
-    if update is None:
-        pieces = (rows for matrix in weight.view(-1, *weight.shape[-2:]) for rows in matrix.split(size))
-        yield from ((as_trained(rows), None) for rows in pieces)
-        return
-    a, b = peft.factors[update.module]
-    factor = peft.scaling_of(update.module)
-    for matrix, *of_one in zip(*(tensor.view(-1, *tensor.shape[-2:]) for tensor in (weight, a, b)), strict=True):
-        left, right = delta_factors(*of_one, transposed=update.transposed)
-        some = list(zip(matrix.split(size), left.split(size), strict=True))
-        magnitude = peft.magnitudes.get(update.module)
-        if magnitude is None:
-            yield from ((as_trained(rows), factor * (left_rows @ right)) for rows, left_rows in some)
-            continue
-        sums = (as_trained(rows) + factor * (left_rows @ right) for rows, left_rows in some)
-        scale = row_scales(sums, magnitude, transposed=update.transposed)
-        scales = [scale] * len(some) if update.transposed else scale.split(size)
-        for (rows, left_rows), own in zip(some, scales, strict=True):
-            trained = as_trained(rows)
-            yield trained, own * (trained + factor * (left_rows @ right)) - trained
-
-
-def _stays_finite(rows: torch.Tensor, result: torch.Tensor) -> bool:
-    """Whether what is finite is so when it is rounded. A base that holds inf itself, in a mask say, keeps it."""
-    if result.dtype not in FLOATS or is_finite(result):  # which takes no mask of its size
-        return True
-    return bool((result.isfinite() | rows.isinf()).all())
 
 
 def _copy_the_rest(base: Path, draft: Path) -> None:

@@ -60,7 +60,7 @@ class OffsetLinear(LoRALinear):
             param.zero_()
 
     @torch.no_grad()
-    def reset_from_base(self) -> None:
+    def reset_from_base(self, seed: int) -> None:
         """The factors of the weight that is there. A collective where it is sharded."""
         self.set_factors(*initial_factors(self.whole_weight(), self.lora_config, name=self.lora_canonical_name))
 

@@ -16,8 +16,8 @@ import torch.nn as nn
 from lora_converter.adapted import adapted_modules, check_peft_forms, has_stacked_experts
 from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.hf.aliases import Aliases
-from lora_converter.hf.bridge import linears_like_experts
 from lora_converter.hf.changed_base import check_way_round
+from lora_converter.hf.expert_patterns import linears_like_experts
 from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training

@@ -22,7 +22,6 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from lora_converter.adapted import reshard
 from lora_converter.config import scaling
 from lora_converter.files import write_whole
 from lora_converter.fingerprint import base_fingerprint
@@ -30,7 +29,7 @@ from lora_converter.increments import Increment, increments_of
 from lora_converter.names import owners
 from lora_converter.shared import check_not_shared
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
-from lora_converter.tensors import local_part
+from lora_converter.tensors import local_part, reshard
 from lora_converter.updates import add_updates, low_rank_updates, on_all_ranks
 
 _FIELD, _FORMAT = "lora_converter", 1

@@ -1,6 +1,8 @@
 """Tensors that may be sharded: the whole, this rank's part, and one in the layout of the other."""
 
 import torch
+import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -70,3 +72,10 @@ def local_indices(value: torch.Tensor, dim: int) -> torch.Tensor:
     placements = [p if getattr(p, "dim", None) == dim else Replicate() for p in value.placements]
     whole = indices.view(shape).to(value.device_mesh.device_type)
     return distribute_tensor(whole, value.device_mesh, placements, src_data_rank=None).to_local().flatten().cpu()
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the sharded parameters of FSDP2 in place."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

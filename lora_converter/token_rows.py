@@ -85,7 +85,7 @@ class TokenRows(AdaptedModule):
         mesh = self.lora_rows_whole_over
         return {} if mesh is None else {ROWS: mesh}
 
-    def begin(self, seed: int) -> None:
+    def reset_from_base(self, seed: int) -> None:
         """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place."""
         new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
         if new:

@@ -20,6 +20,7 @@ from lora_converter.fit import Misfit
 from lora_converter.hf.changed_base import check_same_matrix
 from lora_converter.hf.expert_bridge import HostExperts, briefly, host_experts, is_padding
 from lora_converter.hf.expert_naming import ExpertShapes
+from lora_converter.hf.expert_patterns import linears_like_experts
 from lora_converter.hf.magnitudes import NO_VLLM, check_no_magnitudes_of_parameters
 from lora_converter.hf.naming import StateDictAdapter, hf_linears, hf_names
 from lora_converter.hf.packed_base import PackedBase
@@ -27,8 +28,6 @@ from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.hf.saved_modules import modules_of_keys, to_hf_keys
 from lora_converter.hf.trained_tokens import to_hf_modules
 from lora_converter.token_rows import ROWS
-
-_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 logger = logging.getLogger(__name__)
 
@@ -152,15 +151,6 @@ def to_peft(
 def alphas_of(names: PeftNames, configs: Mapping[str, LoRAConfig]) -> dict[str, float]:
     """Adapted weight -> alpha, of adapted modules' own settings by FQN."""
     return {weight: configs[weight.rpartition(".")[0]].alpha for weight in names}
-
-
-def linears_like_experts(modules: Iterable[str]) -> list[str]:
-    """Linears that PEFT takes for routed experts where the model has some, and so are to be named by their weights.
-
-    With transformers 5, which fuses experts, PEFT 0.21 turns the names that experts' products used to have, as target
-    modules, into the fused parameters: dense layers and shared experts beside them then get no adapter, without a word.
-    """
-    return [module for module in modules if module.rpartition(".")[2] in _NAMES_OF_EXPERTS]
 
 
 def from_peft(

@@ -13,11 +13,13 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_converter.config import scaling
 
 logger = logging.getLogger(__name__)
+
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 SPELLINGS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """The products of an expert, y = down(act(gate(x)) · up(x)), in the names that they have in transformers."""
@@ -125,3 +127,12 @@ def _keys(wanted: Mapping[str, Mapping[str, float]], number: str, *, alone: bool
 def _escaped(layer: str) -> str:
     """A layer's experts, under Mixtral's name of either version of transformers."""
     return re.sub(r"\.(mlp|block_sparse_moe)\\\.experts$", r".(mlp|block_sparse_moe)\\.experts", re.escape(layer))
+
+
+def linears_like_experts(modules: Iterable[str]) -> list[str]:
+    """Linears that PEFT takes for routed experts where the model has some, and so are to be named by their weights.
+
+    With transformers 5, which fuses experts, PEFT 0.21 turns the names that experts' products used to have, as target
+    modules, into the fused parameters: dense layers and shared experts beside them then get no adapter, without a word.
+    """
+    return [module for module in modules if module.rpartition(".")[2] in _NAMES_OF_EXPERTS]

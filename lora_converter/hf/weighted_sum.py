@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora_converter.hf.bridge import linears_like_experts
-from lora_converter.hf.expert_patterns import alpha_for, split_expert
+from lora_converter.hf.expert_patterns import alpha_for, linears_like_experts, split_expert
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.stacked import is_weight
 from lora_converter.tensors import is_finite

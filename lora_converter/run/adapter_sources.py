@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora_converter.adapted import check_peft_forms, reshard
+from lora_converter.adapted import check_peft_forms
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
@@ -43,7 +43,7 @@ from lora_converter.run.initial_factors import InitialFactors
 from lora_converter.run.model import RunModel
 from lora_converter.run.peft_io import load_peft_everywhere, trained_in
 from lora_converter.run.steps import Step, adapters_in
-from lora_converter.tensors import copy_full_, full_tensor
+from lora_converter.tensors import copy_full_, full_tensor, reshard
 
 logger = logging.getLogger(__name__)
 

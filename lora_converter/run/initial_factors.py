@@ -11,13 +11,13 @@ import time
 import torch
 import torch.distributed as dist
 
-from lora_converter.adapted import reshard
 from lora_converter.offset import OffsetLinear, initial_factors
 from lora_converter.ranks import gather_all
 from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
+from lora_converter.tensors import reshard
 
 logger = logging.getLogger(__name__)
 

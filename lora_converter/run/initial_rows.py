@@ -9,14 +9,13 @@ import logging
 import torch
 import torch.distributed as dist
 
-from lora_converter.adapted import reshard
 from lora_converter.new_tokens import token_rows
 from lora_converter.ranks import gather_all
 from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
-from lora_converter.tensors import copy_full_, full_tensor
+from lora_converter.tensors import copy_full_, full_tensor, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class InitialRows:
             group = dist.new_group(ranks) if 1 < len(ranks) < len(everyone) else None  # every rank makes each group
             if name not in rows:
                 continue
-            rows[name].begin(job.seed)
+            rows[name].reset_from_base(job.seed)
             if len(ranks) > 1:
                 found = full_tensor(rows[name].lora_token_rows.detach()).contiguous()
                 dist.broadcast(found, src=ranks[0], group=group)

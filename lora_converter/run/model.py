@@ -7,7 +7,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
-from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts, reshard
+from lora_converter.adapted import AdaptedModule, adapted_modules, adapter_parameters, has_stacked_experts
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.states import ModelSubset
 from lora_converter.dcp.twins import Twins
@@ -24,7 +24,7 @@ from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_r
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
 from lora_converter.swap import swapped_in
-from lora_converter.tensors import full_tensor, is_finite
+from lora_converter.tensors import full_tensor, is_finite, reshard
 from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import tied_to_trained, trained_parameters
 

@@ -9,7 +9,6 @@
 A base without a source (random init) cannot be brought back by anything else, so then a step holds it too.
 """
 
-import functools
 import logging
 import os
 from collections.abc import Callable
@@ -18,20 +17,18 @@ from typing import NoReturn
 
 import torch
 
-from lora_converter.hf.bridge import alphas_of, to_peft
-from lora_converter.hf.packed_base import packed_base
-from lora_converter.hf.peft_directory import is_peft_directory, save_peft
-from lora_converter.hf.tokenizer_files import write_tokenizer
+from lora_converter.hf.peft_directory import is_peft_directory
 from lora_converter.merge import merge_directories
 from lora_converter.ranks import agreed, is_first_rank, on_first_rank, together
 from lora_converter.run.adapter_sources import AdapterSource, PeftSource, check_peft_forms_everywhere
 from lora_converter.run.branch import Branch
 from lora_converter.run.claim import Claim, check_shared
 from lora_converter.run.dropout import DropoutSeeds
+from lora_converter.run.export import write_peft
 from lora_converter.run.faults import FaultWatch
 from lora_converter.run.host import Host
 from lora_converter.run.hyperparameters import Hyperparameters
-from lora_converter.run.initial_factors import TWICE_THE_RANK, InitialFactors, begins_at_the_base
+from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.run.initial_rows import InitialRows, begins_with_new_rows
 from lora_converter.run.model import RunModel
 from lora_converter.run.preemption import Preemption
@@ -121,38 +118,9 @@ class Run:
         self.write_peft(self.step_path(step))
         self._merge_at_the_end(step)
 
-    @torch.no_grad()
     def write_peft(self, path: str) -> None:
-        """Writes the adapters as a PEFT directory, on rank 0. The other ranks do not wait for it."""
-        adapter = self.host.naming
-        assert adapter is not None
-        names, linears, configs = self.model.peft_names(), self.model.linear_shapes(), self.model.configs()
-        has_experts, experts = self.model.has_experts(), self.model.expert_shapes()
-        gathered, magnitudes = self.model.gather_for_peft(self.job.export_dtype)
-        if is_first_rank():
-            peft = to_peft(
-                adapter,
-                gathered,
-                names,
-                linears,
-                self.config.of_plain(),
-                experts=experts,
-                alphas=alphas_of(names, {fqn: config.of_plain() for fqn, config in configs.items()}),
-                magnitudes=magnitudes,
-                has_experts=has_experts,
-                base_model=self.job.base.path if self.job.base else "",
-                base_fingerprint=self.model.base_fingerprint,
-                packed=packed_base(adapter, self.model.packed),
-                tokens=sorted(self.job.tokens.values()),
-            )
-            if not is_peft_directory(path):
-                discard(Path(path))
-            beside = functools.partial(write_tokenizer, self.job.tokenizer, self.job.tokens)
-            more = {"beside": beside} if self.job.tokens else {}
-            save_peft(peft, path, dtype=self.job.export_dtype, replace=True, **more)
-            logger.info(f"LoRA: wrote {len(configs)} adapted modules as a PEFT directory to {path}.")
-            if self.config.init:
-                logger.info(TWICE_THE_RANK.format(rank=max(a.shape[0] for a, _ in peft.factors.values())))
+        """Writes the adapters as a PEFT directory. A collective, see `export.py`."""
+        write_peft(self.model, path)
 
     def finish(self) -> None:
         """Writes the merged model, on rank 0: no rank waits for it in a collective that could time out."""

@@ -19,8 +19,9 @@ from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
 from lora_converter.config import LoRAConfig
 from lora_converter.experts import LoRAExperts, expert_shapes
 from lora_converter.figures import percent, short
-from lora_converter.hf.bridge import linears_like_experts, names_of_linears
+from lora_converter.hf.bridge import names_of_linears
 from lora_converter.hf.expert_bridge import host_experts
+from lora_converter.hf.expert_patterns import linears_like_experts
 from lora_converter.hf.export_checks import check_exportable, check_mergeable
 from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
 from lora_converter.hf.naming import StateDictAdapter

@@ -31,12 +31,12 @@ from lora_converter import (
     merge_and_unload,
     unmerge_adapter,
 )
-from lora_converter.adapted import adapted_modules, reshard
+from lora_converter.adapted import adapted_modules
 from lora_converter.experts import LoRAExperts
 from lora_converter.fingerprint import base_fingerprint
 from lora_converter.peft import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.sync import IncrementReceiver, pack
-from lora_converter.tensors import local_part
+from lora_converter.tensors import local_part, reshard
 from lora_converter.titan.experts import EXPERT_CLASSES
 from lora_converter.updates import add_updates
 

@@ -24,7 +24,7 @@ from lora_converter import (
     merge_and_unload,
     unmerge_adapter,
 )
-from lora_converter.adapted import reshard
+from lora_converter.tensors import reshard
 
 LAYOUTS = {"FSDP2": FSDP2, "TP2": TP2, "PP2": PP2}
 

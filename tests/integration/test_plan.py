@@ -31,7 +31,6 @@ JOBS = {
     "op-SAC, bf16": [*OP_SAC, BF16],
     "full": FULL_AC,
     "none, dropout, rank 16, bf16": [*NO_AC, BF16, "--lora.dropout=0.1", "--lora.rank=16"],
-    "DoRA, bf16": [*NO_AC, BF16, "--lora.use_dora"],
     "MoE": [*NO_AC, *MOE],
     "packed, bf16": [*NO_AC, BF16, *WIDE, NF4],
     "in full, bf16": [*NO_AC, BF16, "--lora.train_also=tok_embeddings,norm"],
