@@ -41,8 +41,7 @@ CHANGES = (
     Change(
         "torchtitan.protocols.train_spec:get_train_spec",
         "new_tokens:with_new_tokens",
-        "a spec's tokenizer is built from its folder alone, without lora.new_tokens; below the row of chat, whose copy "
-        "changes",
+        "a spec's tokenizer is built from its folder alone, without lora.new_tokens; inside chat's, whose copy changes",
         "a job can name tokens to add",
     ),
     Change(
