@@ -54,7 +54,7 @@ def merge_inputs(folder: Path) -> tuple[list[Path], Read]:
     save_peft(an_adapter(), folder / "adapter")
 
     def merge() -> None:  # of few rows at a time: 64 MiB of them are no matter of the file's size
-        with mock.patch("lora_converter.merge._ELEMENTS_AT_A_TIME", 2**14):
+        with mock.patch("lora_converter.hf.merged_rows._ELEMENTS_AT_A_TIME", 2**14):
             merge_directories(base, folder / "adapter", folder / "merged", replace=True)
 
     return [base / "model.safetensors", folder / "adapter" / CONFIG_FILE, folder / "adapter" / WEIGHTS_FILE], merge

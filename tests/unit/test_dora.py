@@ -259,7 +259,7 @@ def test_files_go_both_ways_through_peft(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows_at_a_time", [2**24, 1000])
 def test_folders_merge_to_what_peft_merges(rows_at_a_time: int, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lora_converter.merge._ELEMENTS_AT_A_TIME", rows_at_a_time)
+    monkeypatch.setattr("lora_converter.hf.merged_rows._ELEMENTS_AT_A_TIME", rows_at_a_time)
     _, theirs = pair()
     tiny_llama().save_pretrained(tmp_path / "base")
     theirs.save_pretrained(tmp_path / "adapter")
@@ -270,7 +270,7 @@ def test_folders_merge_to_what_peft_merges(rows_at_a_time: int, tmp_path: Path, 
 
 
 def test_transposed_weights_merge_to_what_peft_merges(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lora_converter.merge._ELEMENTS_AT_A_TIME", 1000)
+    monkeypatch.setattr("lora_converter.hf.merged_rows._ELEMENTS_AT_A_TIME", 1000)
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64, n_positions=32))
     base.save_pretrained(tmp_path / "base")

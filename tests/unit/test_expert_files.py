@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_converter import merge
+from lora_converter.hf import merged_rows
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.expert_layouts import Dims, goes_over_second, layout_of
 from lora_converter.hf.experts import fit_experts
@@ -325,8 +325,8 @@ def test_a_merge_holds_rows_of_one_expert_at_a_time(transposed: bool, monkeypatc
     adapter = stacked()
     name = f"{LAYER}.gate_up_proj"
     weight = torch.randn(EXPERTS, HIDDEN, 2 * INNER) if transposed else torch.randn(EXPERTS, 2 * INNER, HIDDEN)
-    monkeypatch.setattr(merge, "_ELEMENTS_AT_A_TIME", 40)
-    parts = list(merge._with_deltas(weight, adapter, Update(name, transposed)))
+    monkeypatch.setattr(merged_rows, "_ELEMENTS_AT_A_TIME", 40)
+    parts = list(merged_rows._with_deltas(weight, adapter, Update(name, transposed)))
     assert len(parts) > EXPERTS and max(max(rows.numel(), delta.numel()) for rows, delta in parts) <= 40
     update = torch.cat([delta for _, delta in parts]).view(weight.shape)
     expected = 2 * torch.einsum("eqr,erp->eqp", adapter.factors[name][1], adapter.factors[name][0])

@@ -34,8 +34,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lora_converter import merge
 from lora_converter.cli import main
+from lora_converter.hf import merged_rows
 from lora_converter.hf.expert_patterns import split_expert
 from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_directory import load_peft, save_peft
@@ -142,7 +142,7 @@ def delta_of(key: str, deltas: dict[str, torch.Tensor]) -> torch.Tensor | float:
 def test_merged_weights_are_bitsandbytes_own_plus_pefts_update_rounded_once(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "_ELEMENTS_AT_A_TIME", 5000)  # some rows at a time
+    monkeypatch.setattr(merged_rows, "_ELEMENTS_AT_A_TIME", 5000)  # some rows at a time
     deltas = deltas_of(folders(name, tmp_path))
     base = load_file(tmp_path / "base" / "model.safetensors")
     packed = {key for key, value in base.items() if is_packed(key, value)}
