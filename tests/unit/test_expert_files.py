@@ -20,6 +20,7 @@ from lora_converter.hf.peft_adapter import PeftAdapter, config_of
 from lora_converter.hf.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import load_peft, save_peft
 from lora_converter.inspect import describe_adapter
+from lora_converter.merge import merge_directories
 
 LAYER = "model.layers.1.mlp.experts"
 HIDDEN, INNER, EXPERTS, RANK = 8, 6, 3, 2
@@ -345,12 +346,12 @@ def test_a_base_with_packed_experts_is_refused_as_quantized(folder: Path, tmp_pa
     }
     save_file(packed, base / "model.safetensors")
     with pytest.raises(ValueError, match=r"gate_up_proj_blocks is quantized \(U8\); merge into an unquantized copy"):
-        merge.merge_directories(base, folder, tmp_path / "merged")
+        merge_directories(base, folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert without_weight(open_model(base), list(stacked().factors)) == list(stacked().factors)
     # What the message says to do.
     unquantized = save_base(tmp_path / "unquantized", STACKED)
-    assert merge.merge_directories(unquantized, folder, tmp_path / "merged") == 2 * EXPERTS
+    assert merge_directories(unquantized, folder, tmp_path / "merged") == 2 * EXPERTS
 
 
 def test_a_weight_is_found_in_whatever_form_the_experts_are_stored(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from lora_converter.hf.expert_patterns import split_expert
 from lora_converter.hf.packed_base import PackedBase, packed_base
 from lora_converter.hf.peft_directory import load_peft, save_peft
 from lora_converter.linear import linear_shapes
+from lora_converter.merge import merge_directories
 
 WIDE = {**SIZES, "hidden_size": 64, "head_dim": 16}
 
@@ -242,7 +243,7 @@ def test_a_stack_of_which_a_part_was_packed_is_refused(tmp_path: Path) -> None:
     save_fused(qwen3_moe(), tmp_path / "base")
     record(tmp_path, PackedBase.of("nf4", [f"model.layers.0.mlp.experts.{e}.gate_proj.weight" for e in range(4)]))
     with pytest.raises(ValueError, match=r"had model\.layers\.0\.mlp\.experts\.gate_up_proj packed, which"):
-        merge.merge_directories(tmp_path / "base", tmp_path / "recorded", tmp_path / "merged", base_as="nf4")
+        merge_directories(tmp_path / "base", tmp_path / "recorded", tmp_path / "merged", base_as="nf4")
 
 
 NAMES = st.sets(
