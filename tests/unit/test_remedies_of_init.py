@@ -2,6 +2,8 @@
 
 import copy
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from torchtitan.models.moe import MoE, MoEArgs
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora
 from lora_converter.adapted import adapted_modules
 from lora_converter.experts import experts_of
-from lora_converter.offset import OffsetLinear
+from lora_converter.hf.changed_base import check_init, check_same_matrix
+from lora_converter.hf.naming import HFLinear
+from lora_converter.offset import OffsetLinear, initial_factors
 from lora_converter.packed_linear import pack_linear
-from lora_converter.peft import from_model, into_model, load_peft, save_peft
+from lora_converter.peft import PeftAdapter, from_model, into_model, load_peft, save_peft
 from lora_converter.titan.experts import EXPERT_CLASSES
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
@@ -104,3 +108,35 @@ def test_there_is_no_magnitude_of_factors_that_begin_at_the_weight() -> None:
 def test_another_init_is_refused(init: Any) -> None:
     with pytest.raises(ValueError, match=r"lora\.init = .*: must be '', 'pissa', 'pissa_niter_N'"):
         LoRAConfig(init=init)
+
+
+def test_what_is_another_matrix_in_the_hosts_model_has_no_factors_of_pefts() -> None:
+    half, turned = HFLinear("q", torch.arange(4), None), HFLinear("q", torch.arange(8).flip(0), torch.arange(6).flip(0))
+    for linear, init, refused in (
+        (half, "pissa", True),
+        (half, "", False),
+        (turned, "pissa", False),
+        (turned, "olora", True),
+        (HFLinear("q", turned.rows, None), "olora", False),
+    ):
+        with pytest.raises(ValueError, match="another matrix in this model") if refused else nullcontext():
+            check_same_matrix(linear, init, 8)
+    # Of what is not refused, the products are the same in any order; of OLoRA's columns they are not.
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    for init, order, same in (("olora", "rows", True), ("olora", "columns", False), ("pissa", "columns", True)):
+        config = LoRAConfig(rank=2, init=init)
+        other = weight.flip(0 if order == "rows" else 1)
+        products = [b @ a for a, b in (initial_factors(each, config, name="q") for each in (weight, other))]
+        found = products[1].flip(0 if order == "rows" else 1)
+        assert torch.allclose(found, products[0], atol=1e-4) is same
+
+
+def test_experts_of_a_changed_base_are_refused() -> None:
+    a, b = torch.zeros(4, 8), torch.zeros(6, 4)
+    expert = PeftAdapter(
+        {"model.layers.0.mlp.experts.1.up_proj": (a, b)}, 4, 8.0, 0.0, False, ["up_proj"], init="pissa"
+    )
+    with pytest.raises(ValueError, match=r"with the routed experts model\.layers\.0\.mlp\.experts\.1\.up_proj"):
+        check_init(expert, "it")
+    check_init(replace(expert, init=""), "it")
+    check_init(replace(expert, factors={"model.layers.0.mlp.up_proj": (a, b)}), "it")
