@@ -66,7 +66,8 @@ class LoRALinear(AdaptedModule):
         """Whether base and update are computed together."""
         if self.packed_format:
             return not isinstance(x, DTensor) or (self.lora_a.whole_over or self.lora_b.whole_over) is not None
-        # torch.compile follows an attribute of super(), and not a getattr or a cast.
+        # torch.compile follows an attribute of super(), and not a getattr or a cast; what it makes of the comparison
+        # (False, torch 2.13) does not matter, since it gets the same operations from both ways.
         return self.lora_transposed or super().forward.__func__ is nn.Linear.forward  # type: ignore[attr-defined]
 
     def _on_this_rank(self, x: torch.Tensor, *, with_base: bool) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from lora_converter.adapted import AdaptedModule
 from lora_converter.names import stable_hash
-from lora_converter.swap import class_below
+from lora_converter.swap import class_below, reduced
 from lora_converter.tensor_parallel import local_bias, local_input, local_output
 from lora_converter.tensors import copy_full_, full_tensor, local_indices, local_part
 from lora_converter.vocabulary import mean_rows
@@ -85,14 +85,19 @@ class TokenRows(AdaptedModule):
         mesh = self.lora_rows_whole_over
         return {} if mesh is None else {ROWS: mesh}
 
-    def reset_from_base(self, seed: int) -> None:
-        """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place."""
+    def reset_from_base(self, seed: int, *, computes: bool = True) -> None:
+        """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place.
+
+        Args:
+            computes: False on ranks that are sent what another one computes.
+        """
         new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
         if new:
             seeds = [stable_hash(f"{seed}:{self.lora_canonical_name}:{self.lora_token_ids[k]}") for k in new]
             base = full_tensor(self.weight.detach())[: self.lora_base_rows]
             rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
-            rows[new] = mean_rows(base, seeds)
+            if computes:
+                rows[new] = mean_rows(base, seeds)
             copy_full_(self.lora_token_rows, rows)
 
     def remove_adapter(self) -> None:
@@ -198,6 +203,9 @@ class TiedHead(nn.Module):
     """
 
     lora_embedding: list[TokenRowsEmbedding]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, super().__reduce_ex__(2))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """input: (..., width) -> (..., rows)."""

@@ -15,6 +15,8 @@ from lora_converter.targets import OUTPUT_HEADS
 EMBEDDINGS = {"tok_embeddings", "embed_tokens", "wte", "word_embeddings", "embed_in"}
 """Last parts of the names of modules that tokens are looked up in."""
 
+_ROWS_AT_A_TIME = 2**14
+
 
 def vocabularies(model: nn.Module) -> dict[str, nn.Module]:
     """Plain name -> module of a model's embedding of tokens and of its output head, as far as it has them.
@@ -73,11 +75,12 @@ def mean_rows(weight: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
     Returns:
         (len(seeds), width), fp32.
     """
-    weight = weight.float()
-    mean = weight.mean(0)
-    found = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(len(weight), generator=generator).to(weight.device)
-        found.append(mean + math.sqrt(1e-9 / len(weight)) * (noise @ weight - noise.sum() * mean))
-    return torch.stack(found) if found else weight.new_empty(0, weight.shape[1])
+    mean = torch.stack([rows.sum(0, dtype=torch.float32) for rows in weight.split(_ROWS_AT_A_TIME)]).sum(0) / len(
+        weight
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found = mean.repeat(len(seeds), 1)
+    for rows in weight.split(_ROWS_AT_A_TIME):  # no copy of all of them in fp32
+        noise = torch.stack([torch.randn(len(rows), generator=generator) for generator in generators]).to(weight.device)
+        found += math.sqrt(1e-9 / len(weight)) * (noise @ rows.float() - noise.sum(1, keepdim=True) * mean)
+    return found

@@ -53,7 +53,8 @@ class InitialRows:
             group = dist.new_group(ranks) if 1 < len(ranks) < len(everyone) else None  # every rank makes each group
             if name not in rows:
                 continue
-            rows[name].reset_from_base(job.seed)
+            computes = not dist.is_initialized() or dist.get_rank() == ranks[0]
+            rows[name].reset_from_base(job.seed, computes=computes)
             if len(ranks) > 1:
                 found = full_tensor(rows[name].lora_token_rows.detach()).contiguous()
                 dist.broadcast(found, src=ranks[0], group=group)

@@ -1,5 +1,7 @@
 """Rows of tokens that train beside adapters: values, gradients and merges are those of PEFT's own module."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -103,6 +105,16 @@ def test_without_its_rows_a_model_is_its_base(pair: tuple[nn.Module, nn.Module])
     unload_adapter(mine)
     assert torch.equal(mine(known).logits[..., :320], base(known).logits)
     assert not adapter_parameters(mine) and not hasattr(mine.lm_head, "lora_embedding")
+
+
+def test_models_with_them_are_copied_and_pickled(pair: tuple[nn.Module, nn.Module]) -> None:
+    mine, _ = pair
+    expected = mine(TEXT).logits
+    for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+        assert torch.equal(other(TEXT).logits, expected)
+        with torch.no_grad():
+            other.model.embed_tokens.lora_token_rows += 1  # a copy's own, its tied head's too
+        assert not torch.equal(other(TEXT).logits, expected) and torch.equal(mine(TEXT).logits, expected)
 
 
 def test_rows_begin_at_their_base_or_at_the_mean_of_all() -> None:
