@@ -85,20 +85,26 @@ class TokenRows(AdaptedModule):
         mesh = self.lora_rows_whole_over
         return {} if mesh is None else {ROWS: mesh}
 
-    def reset_from_base(self, seed: int, *, computes: bool = True) -> None:
-        """Puts d of tokens that the base has not where a new row begins. A collective, with the base in place.
+    def reset_from_base(self, seed: int) -> None:
+        copy_full_(self.lora_token_rows, self.initial_rows(seed))
+
+    @torch.no_grad()
+    def initial_rows(self, seed: int, *, computes: bool = True) -> torch.Tensor:
+        """Where d begins, whole, (tokens, width): where a new row does, for tokens that the base has not.
+
+        A collective, with the base in place.
 
         Args:
-            computes: False on ranks that are sent what another one computes.
+            computes: False on ranks that are sent what another one computes: zeros.
         """
         new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
-        if new:
-            seeds = [stable_hash(f"{seed}:{self.lora_canonical_name}:{self.lora_token_ids[k]}") for k in new]
-            base = full_tensor(self.weight.detach())[: self.lora_base_rows]
-            rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
-            if computes:
-                rows[new] = mean_rows(base, seeds)
-            copy_full_(self.lora_token_rows, rows)
+        base = full_tensor(self.weight.detach())[: self.lora_base_rows]
+        rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
+        if new and computes:
+            name = self.lora_canonical_name
+            seeds = [stable_hash(f"{seed}:{name}:{self.lora_token_ids[k]}") for k in new]
+            rows[new] = mean_rows(base, seeds)
+        return rows
 
     def remove_adapter(self) -> None:
         for name in (ROWS, "lora_token_ids", "lora_base_rows", "lora_rows_whole_over", "lora_ids_there"):

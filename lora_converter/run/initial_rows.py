@@ -15,7 +15,7 @@ from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
-from lora_converter.tensors import copy_full_, full_tensor, reshard
+from lora_converter.tensors import copy_full_, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +53,9 @@ class InitialRows:
             group = dist.new_group(ranks) if 1 < len(ranks) < len(everyone) else None  # every rank makes each group
             if name not in rows:
                 continue
-            computes = not dist.is_initialized() or dist.get_rank() == ranks[0]
-            rows[name].reset_from_base(job.seed, computes=computes)
+            found = rows[name].initial_rows(job.seed, computes=len(ranks) == 1 or dist.get_rank() == ranks[0])
             if len(ranks) > 1:
-                found = full_tensor(rows[name].lora_token_rows.detach()).contiguous()
                 dist.broadcast(found, src=ranks[0], group=group)
-                copy_full_(rows[name].lora_token_rows, found)
+            copy_full_(rows[name].lora_token_rows, found)
         new = sum(token >= job.base_rows for token in job.tokens.values())
         logger.info(f"LoRA: the rows of {new} new tokens begin at the mean of the base's {job.base_rows:,}.")
