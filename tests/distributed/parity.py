@@ -118,6 +118,7 @@ DORA = ("--lora.use_dora",)
 PACKED_EXPERTS = (*PACKED, *EXPERTS_TOO)
 EXPERTS_ALONE = ("--lora.target_modules=*.experts.w1,*.experts.w2",)
 IN_FULL = ("--lora.train_also=tok_embeddings,output,norm,layers.*.*_norm", "--lora.train_also_lr=1e-3")
+NORMS = ("--lora.train_also=norm,layers.*.*_norm", "--lora.train_also_lr=1e-3")
 IN_FULL_TIED = ("--lora.train_also=tok_embeddings,norm,layers.*.*norm",)
 NEW_TOKENS = ("--lora.new_tokens=$,+," + ",".join(f"<new {k}>" for k in range(64)), "--lora.train_also_lr=1e-3")
 """Two that the tokenizer has, 62 for which the base of 320 rows has some, and two for which it has none."""
@@ -146,6 +147,11 @@ VARIANTS = {
     "new tokens, an odd vocabulary, TP2": row(2, TP2, job=ODD_VOCABULARY),
     "new tokens, an odd vocabulary, TP2 x FSDP2": row(4, TP2, FSDP2, job=ODD_VOCABULARY),
     "new tokens and a tied head, TP2": row(2, TP2, model="qwen3_tied", job=NEW_TOKENS),
+    "new tokens and a tied head, FSDP2": row(2, FSDP2, model="qwen3_tied", job=NEW_TOKENS),
+    "new tokens, DoRA and norms in full, FSDP2": row(2, FSDP2, job=(*NEW_TOKENS, *DORA, *NORMS)),
+    "new tokens, DoRA and norms in full, TP2": row(2, TP2, job=(*NEW_TOKENS, *DORA, *NORMS)),
+    "new tokens, PiSSA and norms in full, TP2": row(2, TP2, job=(*NEW_TOKENS, *PISSA, *NORMS)),
+    "new tokens, PiSSA and norms in full, PP2": row(2, PP2, job=(*NEW_TOKENS, *PISSA, *NORMS)),
     "new tokens, packed, TP2": row(2, TP2, model="llama3_wide", job=(*PACKED, *NEW_TOKENS)),
     "in full, FSDP2": row(2, FSDP2, job=IN_FULL),
     "in full, DDP2": row(2, DDP2, job=IN_FULL),
