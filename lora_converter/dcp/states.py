@@ -1,7 +1,7 @@
 """What a checkpoint of a LoRA run is made of, as DCP sees it: parts of the model, and a compact optimizer."""
 
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_converter.new_tokens import trained_beside
+from lora_converter.tensors import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +79,7 @@ class OptimizerState(Stateful):
             with _without_empty_groups(optimizer):
                 values = get_optimizer_state_dict(part, optimizer, options=self._options)
             for name, value in values.items():
+                value = _dequantized(value)
                 stored = compact.setdefault(_once(name, own), value)
                 assert stored is value or stored == value, name
         return compact
@@ -86,7 +90,9 @@ class OptimizerState(Stateful):
             with _without_empty_groups(optimizer):
                 names = get_optimizer_state_dict(part, optimizer, options=self._options)
                 values = {name: state_dict[_once(name, own)] for name in names}
+                before = {param: {**state} for param, state in optimizer.state.items()}
                 set_optimizer_state_dict(part, optimizer, values, options=self._options)
+                _quantize_as(before, optimizer)
 
     def of_step(self, stored: Container[str]) -> Stateful:
         """The same, to be read from a step that stores those names. What has no state there starts afresh."""
@@ -119,6 +125,31 @@ def _without_empty_groups(optimizer: Optimizer) -> Iterator[None]:
     finally:
         left = iter(optimizer.param_groups)
         optimizer.param_groups = [next(left) if group["params"] else group for group in groups]
+
+
+def _dequantized(value: Any) -> Any:
+    """A state that is quantized, torchao's 8-bit moments say, as what it stands for: DCP stores a plain tensor."""
+    if not isinstance(value, torch.Tensor) or not _is_quantized(value):
+        return value
+    plain = local_part(value).dequantize()
+    if not isinstance(value, DTensor):
+        return plain
+    mesh, placements, whole = value.device_mesh, value.placements, value.size()
+    return DTensor.from_local(plain, mesh, placements, run_check=False, shape=whole, stride=value.stride())
+
+
+@torch.no_grad()
+def _quantize_as(before: Mapping[Any, Mapping[str, Any]], optimizer: Optimizer) -> None:
+    """Puts what was loaded into the quantized states that were there before."""
+    for param, state in optimizer.state.items():
+        for name, old in before.get(param, {}).items():
+            if isinstance(old, torch.Tensor) and _is_quantized(old) and not _is_quantized(state[name]):
+                local_part(old).copy_(local_part(state[name]))
+                state[name] = old
+
+
+def _is_quantized(value: torch.Tensor) -> bool:
+    return is_traceable_wrapper_subclass(local_part(value))
 
 
 class _OptimizerOfStep(Stateful):
