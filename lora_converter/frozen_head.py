@@ -44,10 +44,12 @@ def frozen_head_loss(
     first_row: int = 0,
     group: dist.ProcessGroup | None = None,
     compile_backend: str = "",
+    added: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of the cross-entropies of `labels`, as of `F.cross_entropy(F.linear(hidden, weight, bias).float(), ...)`.
 
-    Differentiable in `hidden` alone, once.
+    Differentiable in `hidden` and `added` alone, once.
 
     Args:
         hidden: [..., width]; its dtype, or that of autocast, is the products'. The same on all ranks of `group`.
@@ -57,6 +59,7 @@ def frozen_head_loss(
         chunk_tokens: Rows of logits that are there at a time, at most; above 0.
         first_row: The label of `weight`'s first row.
         group: Ranks that hold the other rows; the gradient of `hidden` is then this rank's part of a sum.
+        added: [rows, width], what is added to the rows of `weight` that `columns`, [rows], names: these train.
         compile_backend: That of torch.compile for what is done to a chunk's logits; empty for eager. Not with `group`.
 
     Returns:
@@ -75,7 +78,7 @@ def frozen_head_loss(
         softmax: _Softmax = functools.partial(_softmax, first_row=first_row, group=group)
     else:
         softmax = _compiled_softmax(compile_backend) if compile_backend else _softmax
-    return _FrozenHeadLoss.apply(hidden, weight, bias, labels.flatten(), chunk_tokens, softmax)
+    return _FrozenHeadLoss.apply(hidden, weight, bias, labels.flatten(), chunk_tokens, softmax, added, columns)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -88,34 +91,46 @@ class _FrozenHeadLoss(torch.autograd.Function):
         labels: torch.Tensor,
         chunk_tokens: int,
         softmax: "_Softmax",
+        added: torch.Tensor | None,
+        columns: torch.Tensor | None,
     ) -> torch.Tensor:
+        some, of_added = (None, None) if added is None else (added.to(hidden.dtype), added.new_zeros(added.shape))
         rows = (labels != IGNORED).nonzero().squeeze(1)
         gradients: list[torch.Tensor] = []
 
         def take(part: torch.Tensor) -> torch.Tensor:  # its logits are gone at the end
-            loss, of_logits = softmax(F.linear(hidden[part], weight, bias), labels[part].unsqueeze(1))
+            x = hidden[part]
+            logits = F.linear(x, weight, bias)
+            if some is not None and columns is not None:
+                logits.index_add_(1, columns, F.linear(x, some))
+            loss, of_logits = softmax(logits, labels[part].unsqueeze(1))
             if ctx.needs_input_grad[0]:
                 gradients.append(of_logits @ weight)
+            if some is not None and columns is not None and of_added is not None and any(ctx.needs_input_grad):
+                own = of_logits.index_select(1, columns)
+                of_added.add_(own.mT @ x)
+                if ctx.needs_input_grad[0]:
+                    gradients[-1].addmm_(own, some)
             return loss
 
         loss = hidden.new_zeros((), dtype=torch.float32)
         chunks = -(-rows.numel() // chunk_tokens)
         for part in rows.tensor_split(chunks) if chunks else ():
             loss += take(part)
-        ctx.save_for_backward(rows, *gradients)
+        ctx.save_for_backward(rows, of_added, *gradients)
         ctx.like = dict(size=hidden.shape, dtype=hidden.dtype, device=hidden.device)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, *gradients = ctx.saved_tensors
+        rows, of_added, *gradients = ctx.saved_tensors
         # A token without a label has a zero whatever the scale is: 1 / 0 where no rank has a label.
         whole = torch.zeros(**ctx.like)
         for part, gradient in zip(rows.tensor_split(len(gradients) or 1), gradients, strict=False):
             # One element, not a scalar: the product is then taken in fp32, and 1 / tokens keeps its digits.
             whole.index_copy_(0, part, (gradient * scale.reshape(1)).to(gradient.dtype))
-        return whole, None, None, None, None, None
+        return whole, None, None, None, None, None, None if of_added is None else of_added * scale, None
 
 
 _Softmax = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

@@ -99,3 +99,10 @@ def grown_weights(model: nn.Module) -> dict[str, int]:
     modules = token_rows(model).values()
     rows = {id(m.weight): m.lora_base_rows for m in modules if m.weight.shape[0] > m.lora_base_rows}
     return {name: rows[id(param)] for name, param in owners(model) if id(param) in rows}
+
+
+def rows_of_tokens(head: nn.Module) -> TokenRows | None:
+    """Where the rows of a head are that train, its own or those of the embedding that it is tied to."""
+    if isinstance(head, TiedHead):
+        return head.lora_embedding[0]
+    return head if isinstance(head, TokenRows) else None

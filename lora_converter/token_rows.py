@@ -121,6 +121,14 @@ class TokenRows(AdaptedModule):
         mesh = self.lora_rows_whole_over
         return 0 if mesh is None else mesh.get_local_rank() * math.ceil(self.weight.shape[0] / mesh.size())
 
+    def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the logits that this rank has: which are those of tokens, (tokens), and d of these, (tokens, width)."""
+        d, first = local_part(self.lora_token_rows), self.first_row()
+        count = len(local_part(self.weight))
+        # A slice, since ids ascend and shards are contiguous. One without a token still has a gradient, of zeros.
+        start, stop = (bisect_left(self.lora_token_ids, row) for row in (first, first + count))
+        return self.token_ids(d.device)[start:stop] - first, d[start:stop]
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, trained rows={len(self.lora_token_ids)}"
 
@@ -230,15 +238,12 @@ def logits_of(
     """
     if not rows.is_active:
         return of_base(x)
-    mesh, d = rows.lora_rows_whole_over, local_part(rows.lora_token_rows)
+    mesh = rows.lora_rows_whole_over
     if mesh is None:
-        return _add_columns(of_base(x), x, rows.token_ids(x.device), d)
+        return _add_columns(of_base(x), x, *rows.columns())
     x, bias = local_input(x, mesh, column_wise=True), local_bias(head.bias, mesh, column_wise=True)
     logits = F.linear(x, local_part(head.weight), bias)
-    first = rows.first_row()
-    # A slice, since ids ascend and shards are contiguous. One without a token still has a gradient, of zeros.
-    start, stop = (bisect_left(rows.lora_token_ids, row) for row in (first, first + logits.shape[-1]))
-    logits = _add_columns(logits, x, rows.token_ids(x.device)[start:stop] - first, d[start:stop])
+    logits = _add_columns(logits, x, *rows.columns())
     return local_output(logits, mesh, column_wise=True, out_features=head.out_features)
 
 

@@ -23,10 +23,10 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.adapted import AdaptedModule
 from lora_converter.frozen_head import default_chunk_tokens, frozen_head_loss
-from lora_converter.swap import swap_class
+from lora_converter.new_tokens import rows_of_tokens
+from lora_converter.swap import swap_class, unswapped
 from lora_converter.tensors import local_part
 from lora_converter.titan.installed import change_trainer
-from lora_converter.token_rows import TiedHead, TokenRows
 
 
 class SkippableHead(nn.Linear):
@@ -124,11 +124,10 @@ def _reason_for_logits(trainer: Any, head: nn.Module) -> str:
     step = vars(trainer).get("forward_backward_step", type(trainer).forward_backward_step)
     if getattr(getattr(step, "__code__", None), "co_filename", "") != host.origin:
         return f"{type(trainer).__name__} has a step of its own"
-    if isinstance(head, TokenRows | TiedHead):
-        return "rows of the output head train (lora.new_tokens)"
-    if isinstance(head, AdaptedModule):
+    rows = rows_of_tokens(head)
+    if isinstance(head, AdaptedModule) and rows is None:
         return "the output head has an adapter"
-    if any(param.requires_grad for param in head.parameters()):
+    if any(param.requires_grad for param in head.parameters() if rows is None or param is not rows.lora_token_rows):
         return "the output head is trained"
     if _linear_class(head) is not nn.Linear:
         return f"the output head is a {_linear_class(head).__name__}, which has a product of its own"
@@ -152,7 +151,8 @@ def _is_sharded_over_vocabulary(weight: Any) -> bool:
 
 def _linear_class(head: nn.Module) -> type:
     """The head's class before FSDP2 came."""
-    return next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
+    cls = next(cls for cls in type(head).__mro__ if not issubclass(cls, FSDPModule))
+    return cls if rows_of_tokens(head) is None else unswapped(cls)
 
 
 class HeadLoss:
@@ -186,6 +186,9 @@ class HeadLoss:
         with _gathered(self._head) as (weight, bias):
             bias = None if bias is None else local_part(bias)
             options: dict[str, Any] = dict(chunk_tokens=self.chunk_tokens, bias=bias)
+            rows = rows_of_tokens(self._head)
+            if rows is not None and rows.is_active:
+                options["columns"], options["added"] = rows.columns()
             if not isinstance(weight, DTensor):
                 return frozen_head_loss(pred, weight, labels, compile_backend=self._backend, **options)
             mesh = weight.device_mesh

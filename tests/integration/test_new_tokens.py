@@ -138,14 +138,17 @@ def test_weights_in_bf16_keep_rows_in_fp32(hf_base: Path, tmp_path: Path) -> Non
     assert all(adapter_state(run)[name].dtype is torch.float32 for name in ROWS)
 
 
-def test_the_loss_over_logits_is_taken_and_said(
+def test_the_loss_takes_the_head_in_chunks_as_it_does_over_logits(
     hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    build(tmp_path, *on(hf_base), NEW).trainer.close()
-    assert (
-        "LoRA: torchtitan's loss, over all logits: rows of the output head train (lora.new_tokens)." in caplog.messages
-    )
+    chunks = train(tmp_path / "chunks", *on(hf_base), NEW, "--lora.loss_chunk_tokens=24")
+    assert "LoRA: the loss takes the frozen output head, 24 tokens at a time." in caplog.messages
+    logits = train(tmp_path / "logits", *on(hf_base), NEW, "--lora.loss_chunk_tokens=0")
+    assert chunks.losses == pytest.approx(logits.losses, rel=1e-6)
+    expected = adapter_state(logits)
+    for name, value in adapter_state(chunks).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,22 @@ def test_the_default_chunk_fits_its_budget() -> None:
     assert default_chunk_tokens(128_256) == 1024  # 751 MiB of Llama 3's vocabulary
     assert all(6 * v * default_chunk_tokens(v) <= CHUNK_BYTES for v in (320, 32_000, 128_256, 262_144))
     assert default_chunk_tokens(10**9) == 128
+
+
+def test_rows_that_are_added_to_the_head_have_the_gradient_of_logits() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (50, 30))
+    labels = torch.randint(0, 30, (50,), generator=generator)
+    labels[::7] = IGNORED
+    columns, results = torch.tensor([3, 17, 29]), []
+    for chunked in (True, False):
+        x, added = hidden.clone().requires_grad_(), torch.full((3, 8), 0.1, requires_grad=True)
+        if chunked:
+            loss = frozen_head_loss(x, weight, labels, chunk_tokens=7, added=added, columns=columns)
+        else:
+            logits = F.linear(x, weight.index_add(0, columns, added))
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED)
+        (loss / 3).backward()
+        results.append((loss.detach(), x.grad, added.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
