@@ -16,7 +16,7 @@ from lora_converter.dora import add_dora, check_takes_magnitude
 from lora_converter.experts import ExpertClasses, add_expert_adapters, experts_of
 from lora_converter.fake_quantized import tell_what_merging_means
 from lora_converter.linear import add_adapter, linears_of
-from lora_converter.new_tokens import add_token_rows, check_token_rows
+from lora_converter.new_tokens import add_token_rows, check_token_rows, grown_in_full
 from lora_converter.offset import add_offset, check_init
 from lora_converter.packed_module import count_elements
 from lora_converter.swap import check_forward_is_called, uncalled_linears
@@ -112,14 +112,15 @@ def apply_lora(
     if config.init:
         check_init(config, {fqn: (linears[fqn], configs[fqn].rank) for fqn in targets}, experts=list(weights))
     like: Any = {"dtype": dtype, "factor_class": factor_class}
-    check_token_rows(model, tokens, adapted=targets, trained=trained)
+    check_token_rows(model, tokens, adapted=targets)
     for fqn in targets:
         add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=canonical_name(fqn), **like)
     for fqn, own in weights.items():
         module, kind = experts[fqn]
         name = canonical_name(fqn)
         add_expert_adapters(module, kind, configs[fqn], weights=own, fqn=fqn, canonical_name=name, dtype=dtype)
-    add_token_rows(model, tokens, config, base_rows=base_rows, canonical_name=canonical_name, dtype=dtype)
+    named: Any = {"canonical_name": canonical_name, "dtype": dtype}
+    add_token_rows(model, tokens, config, base_rows=base_rows, trained=trained, **named)
     mark_trained(model, trained)
     freeze_base(model)
     adapted = list(adapted_modules(model))
@@ -127,6 +128,9 @@ def apply_lora(
         if not next(iter(each.adapter_parameters().values())).is_meta:
             each.reset_adapter(seed)
             each.reset_from_base(seed)
+    for grown in grown_in_full(model).values():
+        if not grown.weight.is_meta:
+            grown.set_initial_rows(grown.initial_rows(seed))
     tell_what_merging_means(adapted)
     return adapted
 

@@ -78,7 +78,9 @@ def merge_directories(
         for shard in tqdm(model.shards, desc="merging", unit="shard"):
             _merge_shard(model, shard, draft / shard.name, plan, dtype)
         _copy_the_rest(base, draft)
-        if peft.token_rows and not copy_tokenizer(adapter, draft):
+        before = {key: model.weights[plan.added.get(key, key)][1].shape for key in plan.replaced}
+        resized = any(list(value.shape) != before[key] for key, value in plan.replaced.items())
+        if (peft.token_rows or resized) and not copy_tokenizer(adapter, draft):
             logger.warning("%s has no tokenizer, so the merged model has the base's, without new tokens.", adapter)
         _describe(model, draft, plan, dtype)
         record = {

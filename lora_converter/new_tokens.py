@@ -8,21 +8,22 @@ import torch.nn as nn
 
 from lora_converter.adapted import adapt
 from lora_converter.config import LoRAConfig
-from lora_converter.names import owners
+from lora_converter.names import owners, plain_modules
 from lora_converter.swap import swap_class
+from lora_converter.tensors import full_tensor, local_indices, local_part
 from lora_converter.token_rows import ROWS, TiedHead, TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import trained_parameters
-from lora_converter.vocabulary import grow, vocabularies
+from lora_converter.vocabulary import first_rows, grow, vocabularies
+
+_GROWN = "lora_grown"
+"""Of an embedding or a head that trains in full: how many rows the base has, and its name on any host."""
 
 
-def check_token_rows(
-    model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = (), trained: Collection[str] = ()
-) -> None:
+def check_token_rows(model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = ()) -> None:
     """Refuses a model or settings that rows of tokens do not go with.
 
     Args:
         adapted: Linears that are to have an adapter.
-        trained: Modules that are to train in full.
 
     Raises:
         ValueError: An embedding or a head is among them, or is packed; or see `vocabularies`.
@@ -32,11 +33,6 @@ def check_token_rows(
             raise ValueError(
                 f"lora.new_tokens: {fqn} is to have an adapter, and rows of its own that train. Add {fqn} to "
                 "lora.exclude_modules, or leave new_tokens out."
-            )
-        if fqn in trained:
-            raise ValueError(
-                f"lora.new_tokens: {fqn} is to train in full by lora.train_also, and rows of it by new_tokens. Leave "
-                f"{fqn} out of lora.train_also, or leave new_tokens out."
             )
         weight = cast(Any, module).weight
         if not weight.is_floating_point():
@@ -49,6 +45,7 @@ def add_token_rows(
     config: LoRAConfig,
     *,
     base_rows: int = 0,
+    trained: Collection[str] = (),
     canonical_name: Callable[[str], str] = str,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -57,6 +54,7 @@ def add_token_rows(
     Args:
         tokens: Ids, in any order; none for none.
         base_rows: How many rows the base has; as many as there are if 0.
+        trained: Modules that train in full: all of their rows do, the added ones too.
         canonical_name: See `apply_lora`.
         dtype: Of d; fp32 if left out, or the weight's if that is wider.
     """
@@ -66,7 +64,11 @@ def add_token_rows(
     modules = vocabularies(model)
     base_rows = base_rows or min(cast(Any, module).weight.shape[0] for module in modules.values())
     grow(model, ids[-1] + 1)
+    in_full = {id(modules[fqn].weight) for fqn in trained if fqn in modules}
     for fqn, module in modules.items():
+        if id(module.weight) in in_full:
+            vars(module)[_GROWN] = (base_rows, canonical_name(fqn))
+            continue
         if embedding is not None and module.weight is embedding.weight:
             tied = swap_class(module, TiedHead)
             tied.lora_embedding = [embedding]
@@ -89,6 +91,42 @@ def token_rows(model: nn.Module) -> dict[str, TokenRows]:
     return {f"{m.lora_fqn}.{ROWS}": m for m in model.modules() if isinstance(m, TokenRows)}
 
 
+class GrownInFull:
+    """The rows that were added to a weight that trains in full. They begin in the weight itself.
+
+    Args:
+        module: An embedding or a head, see `add_token_rows`.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.weight = cast(nn.Parameter, module.weight)
+        self.base_rows, self._name = vars(module)[_GROWN]
+
+    @torch.no_grad()
+    def initial_rows(self, seed: int, *, computes: bool = True) -> torch.Tensor:
+        """Where they begin, whole, (added rows, width). A collective, see `TokenRows.initial_rows`."""
+        whole, ids = full_tensor(self.weight.detach()), range(self.base_rows, self.weight.shape[0])
+        if not computes:
+            return torch.zeros(len(ids), self.weight.shape[1], device=whole.device)
+        return first_rows(whole, ids, base_rows=self.base_rows, name=self._name, seed=seed)
+
+    @torch.no_grad()
+    def set_initial_rows(self, rows: torch.Tensor) -> None:
+        """Begins there, with this rank's part of them."""
+        local, indices = local_part(self.weight), local_indices(self.weight, 0) - self.base_rows
+        added = indices >= 0
+        local[added.to(local.device)] = rows[indices[added].to(rows.device)].to(local)
+
+
+def grown_in_full(model: nn.Module) -> dict[str, GrownInFull]:
+    """Plain name of a weight that trains in full and has more rows than the base's, the first of its names -> those."""
+    found: dict[int, tuple[str, GrownInFull]] = {}
+    for fqn, module in plain_modules(model):
+        if _GROWN in vars(module) and (grown := GrownInFull(module)).weight.shape[0] > grown.base_rows:
+            found.setdefault(id(grown.weight), (f"{fqn}.weight", grown))
+    return dict(found.values())
+
+
 def trained_beside(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of all that trains at the rate of `train_also`: what it names, and rows of tokens."""
     return trained_parameters(model) | {name: module.lora_token_rows for name, module in token_rows(model).items()}
@@ -98,6 +136,7 @@ def grown_weights(model: nn.Module) -> dict[str, int]:
     """Plain name of a weight that has more rows than the base's -> how many the base's has."""
     modules = token_rows(model).values()
     rows = {id(m.weight): m.lora_base_rows for m in modules if m.weight.shape[0] > m.lora_base_rows}
+    rows |= {id(grown.weight): grown.base_rows for grown in grown_in_full(model).values()}
     return {name: rows[id(param)] for name, param in owners(model) if id(param) in rows}
 
 

@@ -22,11 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lora_converter.adapted import AdaptedModule
-from lora_converter.names import stable_hash
 from lora_converter.swap import class_below, reduced
 from lora_converter.tensor_parallel import local_bias, local_input, local_output
 from lora_converter.tensors import copy_full_, full_tensor, local_indices, local_part
-from lora_converter.vocabulary import mean_rows
+from lora_converter.vocabulary import first_rows
 
 ROWS = "lora_token_rows"
 """The parameter, under every kind."""
@@ -86,7 +85,7 @@ class TokenRows(AdaptedModule):
         return {} if mesh is None else {ROWS: mesh}
 
     def reset_from_base(self, seed: int) -> None:
-        copy_full_(self.lora_token_rows, self.initial_rows(seed))
+        self.set_initial_rows(self.initial_rows(seed))
 
     @torch.no_grad()
     def initial_rows(self, seed: int, *, computes: bool = True) -> torch.Tensor:
@@ -97,14 +96,14 @@ class TokenRows(AdaptedModule):
         Args:
             computes: False on ranks that are sent what another one computes: zeros.
         """
-        new = [k for k, token in enumerate(self.lora_token_ids) if token >= self.lora_base_rows]
-        base = full_tensor(self.weight.detach())[: self.lora_base_rows]
-        rows = torch.zeros(self.lora_token_rows.shape, device=base.device)
-        if new and computes:
-            name = self.lora_canonical_name
-            seeds = [stable_hash(f"{seed}:{name}:{self.lora_token_ids[k]}") for k in new]
-            rows[new] = mean_rows(base, seeds)
-        return rows
+        whole, name = full_tensor(self.weight.detach()), self.lora_canonical_name
+        if not computes:
+            return torch.zeros(self.lora_token_rows.shape, device=whole.device)
+        return first_rows(whole, self.lora_token_ids, base_rows=self.lora_base_rows, name=name, seed=seed)
+
+    def set_initial_rows(self, rows: torch.Tensor) -> None:
+        """Begins there."""
+        copy_full_(self.lora_token_rows, rows)
 
     def remove_adapter(self) -> None:
         for name in (ROWS, "lora_token_ids", "lora_base_rows", "lora_rows_whole_over", "lora_ids_there"):

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lora_converter.names import plain_modules
+from lora_converter.names import plain_modules, stable_hash
 from lora_converter.swap import unswapped
 from lora_converter.targets import OUTPUT_HEADS
 
@@ -60,6 +60,20 @@ def grow(model: nn.Module, rows: int) -> None:
             grown[id(old)] = nn.Parameter(larger, requires_grad=old.requires_grad)
         module.weight = grown[id(old)]
         setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+
+def first_rows(weight: torch.Tensor, ids: Sequence[int], *, base_rows: int, name: str, seed: int) -> torch.Tensor:
+    """What is added to a weight's rows of tokens at the start, (ids, width), fp32: zeros for those of the base.
+
+    Args:
+        weight: Whole, of at least `base_rows` rows.
+        name: Of the module on any host, which seeds the noise of new rows.
+    """
+    rows = torch.zeros(len(ids), weight.shape[1], device=weight.device)
+    new = [k for k, token in enumerate(ids) if token >= base_rows]
+    if new:
+        rows[new] = mean_rows(weight[:base_rows], [stable_hash(f"{seed}:{name}:{ids[k]}") for k in new])
+    return rows
 
 
 def mean_rows(weight: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:

@@ -9,13 +9,14 @@ import logging
 import torch
 import torch.distributed as dist
 
-from lora_converter.new_tokens import token_rows
+from lora_converter.new_tokens import GrownInFull, grown_in_full, token_rows
 from lora_converter.ranks import gather_all
 from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
-from lora_converter.tensors import copy_full_, reshard
+from lora_converter.tensors import reshard
+from lora_converter.token_rows import TokenRows
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,10 @@ class InitialRows:
         job = self._model.host.job
         for part in self._model.parts:
             reshard(part)
-        rows = {name: module for part in self._model.parts for name, module in token_rows(part).items()}
+        rows: dict[str, TokenRows | GrownInFull] = {}
+        for part in self._model.parts:
+            rows |= token_rows(part)
+            rows |= grown_in_full(part)
         everyone = gather_all(sorted(rows))
         for name in sorted({name for names in everyone for name in names}):
             ranks = [rank for rank, names in enumerate(everyone) if name in names]
@@ -56,6 +60,6 @@ class InitialRows:
             found = rows[name].initial_rows(job.seed, computes=len(ranks) == 1 or dist.get_rank() == ranks[0])
             if len(ranks) > 1:
                 dist.broadcast(found, src=ranks[0], group=group)
-            copy_full_(rows[name].lora_token_rows, found)
+            rows[name].set_initial_rows(found)
         new = sum(token >= job.base_rows for token in job.tokens.values())
         logger.info(f"LoRA: the rows of {new} new tokens begin at the mean of the base's {job.base_rows:,}.")

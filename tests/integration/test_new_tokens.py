@@ -154,7 +154,6 @@ def test_the_loss_takes_the_head_in_chunks_as_it_does_over_logits(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lora.new_tokens=<a>", "--lora.train_also=output"], "output is to train in full by lora.train_also, and"),
         (
             ["--lora.new_tokens=<a>", "--lora.target_modules=output"],
             "output is to have an adapter, and rows of its own",

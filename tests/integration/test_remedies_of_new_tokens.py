@@ -44,10 +44,6 @@ def test_a_head_trains_in_one_way(on: list[str], tmp_path: Path) -> None:
     assert "Add output to lora.exclude_modules, or leave new_tokens out." in message
     assert rows_train(train(tmp_path / "1", *on, NEW, both, "--lora.exclude_modules=output"))
     assert not rows_train(train(tmp_path / "2", *on, both))
-    message = refused(tmp_path, *on, NEW, "--lora.train_also=tok_embeddings,norm")
-    assert "Leave tok_embeddings out of lora.train_also, or leave new_tokens out." in message
-    assert rows_train(train(tmp_path / "3", *on, NEW, "--lora.train_also=norm"))
-    assert not rows_train(train(tmp_path / "4", *on, "--lora.train_also=tok_embeddings,norm"))
 
 
 def test_a_tied_head_is_on_the_embeddings_stage() -> None:

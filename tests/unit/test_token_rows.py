@@ -154,7 +154,6 @@ def test_nothing_as_large_as_the_vocabulary_is_saved() -> None:
     ("config", "message"),
     [
         (LoRAConfig(target_modules=["q_proj", "lm_head"]), "lm_head is to have an adapter, and rows of its own"),
-        (LoRAConfig(train_also=["embed_tokens"]), "embed_tokens is to train in full by lora.train_also, and rows"),
     ],
 )
 def test_what_trains_otherwise_is_refused_and_the_model_is_left_alone(config: LoRAConfig, message: str) -> None:
