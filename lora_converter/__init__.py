@@ -11,6 +11,7 @@ from lora_converter.state_dict import (
     adapter_configs,
     adapter_state_dict,
     load_adapter_state_dict,
+    set_adapter,
     split_state_dict,
 )
 from lora_converter.switching import (
@@ -36,6 +37,7 @@ __all__ = [
     "merge_adapter",
     "merge_and_unload",
     "reset_adapters",
+    "set_adapter",
     "split_state_dict",
     "unload_adapter",
     "unmerge_adapter",

@@ -89,3 +89,12 @@ def load_adapter_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Ten
     misfit.raise_if_any("The state dict does not fit the model's adapters.", words=_WORDS)
     for name, param in params.items():
         copy_(param, state_dict[name])
+
+
+def set_adapter(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Puts one of several adapters into a model, which holds one at a time: `load_adapter_state_dict`, by PEFT's name.
+
+    Args:
+        state: Cloned from `adapter_state_dict(model, full=False)`, it goes in without communication; whole tensors do, too.
+    """
+    load_adapter_state_dict(model, state)

@@ -24,6 +24,7 @@ from lora_converter import (
     load_adapter_state_dict,
     merge_adapter,
     merge_and_unload,
+    set_adapter,
     split_state_dict,
     unmerge_adapter,
 )
@@ -133,7 +134,7 @@ def test_several_adapters_take_turns_in_one_model_and_cost_their_own_memory_alon
     assert sizes == 2 * [sum(param.nbytes for param in params.values())]
     assert not torch.equal(outputs["first"], outputs["second"])
     for name in ("first", "second", "first"):
-        load_adapter_state_dict(model, states[name])
+        set_adapter(model, states[name])
         assert torch.equal(model(x), outputs[name])
     assert all(new is old for new, old in zip(adapter_parameters(model).values(), params.values(), strict=True))
     wrong = {**states["second"], "2.lora_b.weight": torch.zeros(1, 4)}
