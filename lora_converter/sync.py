@@ -59,15 +59,21 @@ def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None
     Args:
         version: Counts up with every update.
         base: `base_fingerprint(model)`, or any other name that sender and receivers agree on.
-        dtype: Of the tensors sent; the adapters' own if left out.
+        dtype: Of the tensors sent; the adapters' own if left out, and of those with `init`, whose difference to what
+            they began at would be lost in its rounding.
 
     Raises:
         ValueError: The model has no adapters.
     """
-    tensors = {name: value.to("cpu", dtype).contiguous() for name, value in adapter_state_dict(model).items()}
+    settings = adapter_configs(model)
+    exact = tuple(f"{fqn}." for fqn, config in settings.items() if config.init)
+    tensors = {
+        name: value.to("cpu", None if name.startswith(exact) else dtype).contiguous()
+        for name, value in adapter_state_dict(model).items()
+    }
     configs = {
         fqn: {"rank": config.rank, "alpha": config.alpha, "use_rslora": config.use_rslora, "dropout": config.dropout}
-        for fqn, config in adapter_configs(model).items()
+        for fqn, config in settings.items()
     }
     header: dict[str, Any] = {"format": _FORMAT, "version": version, "base": base, "configs": configs}
     header["sha256"] = _checksum(header, tensors)
