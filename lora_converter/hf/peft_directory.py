@@ -71,6 +71,7 @@ def save_peft(
     """Writes a PEFT directory: beside its place first, moved there when it is complete.
 
     Args:
+        dtype: Of all but DoRA's magnitudes: rounded to bf16 they would scale rows by more than training changes them.
         beside: Writes more files into the folder.
         replace: A PEFT directory at `folder` gives way to the new one; without it, and for anything else, it stays.
 
@@ -102,8 +103,9 @@ class _FileTensors(Mapping[str, torch.Tensor]):
     def __init__(self, adapter: PeftAdapter, dtype: torch.dtype):
         self._dtype, self._factors = dtype, adapter.factors
         saved = {k: w for k, w in adapter.base_weights.items() if is_saved(k, adapter.modules_to_save)}
-        beside = {f"{_PREFIX}{key}": tensor for key, tensor in (magnitudes_in_file(adapter) | saved).items()}
-        self._beside = beside | to_file(adapter.token_rows)
+        magnitudes = {f"{_PREFIX}{key}": own for key, own in magnitudes_in_file(adapter).items()}
+        beside = {f"{_PREFIX}{key}": tensor for key, tensor in saved.items()}
+        self._beside, self._exact = magnitudes | beside | to_file(adapter.token_rows), magnitudes.keys()
         keys = sorted(keys_in_file(adapter.factors).items())
         self._places = {f"base_model.model.{k}.lora_{letter}.weight": (m, letter) for k, m in keys for letter in "AB"}
 
@@ -116,7 +118,8 @@ class _FileTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._beside:
-            return self._beside[name].contiguous().to(self._dtype)
+            own = self._beside[name].contiguous()
+            return own if name in self._exact else own.to(self._dtype)
         return in_file(self.original(name), self._places[name][1]).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
