@@ -157,11 +157,11 @@ def check_init(config: LoRAConfig, linears: Mapping[str, tuple[nn.Module, int]],
             f"lora.init = {config.init!r}: adapters on routed experts begin at zero alone, but {', '.join(experts)} "
             "would get some. Take experts out of lora.target_modules, or leave lora.init out."
         )
-    packed = [fqn for fqn, (linear, _) in linears.items() if getattr(linear, "packed_format", "")]
+    packed = [fqn for fqn, (linear, _) in linears.items() if _is_packed(linear)]
     if packed:
         raise ValueError(
             f"lora.init = {config.init!r}: the factors are those of the weight that is computed with, which is packed "
-            f"for {', '.join(packed)}. Leave lora.base_format out, or leave lora.init out."
+            f"or quantized for {', '.join(packed)}. Leave lora.base_format out, or leave lora.init out."
         )
     sides = [(fqn, rank, min(linear.get_parameter("weight").shape)) for fqn, (linear, rank) in linears.items()]
     if wide := [f"{fqn} (rank {rank}, at most {most})" for fqn, rank, most in sides if rank > most]:
@@ -169,3 +169,9 @@ def check_init(config: LoRAConfig, linears: Mapping[str, tuple[nn.Module, int]],
             f"lora.init = {config.init!r}: the rank is above the smaller side of {', '.join(wide)}. Lower lora.rank, "
             "or give these linears another in lora.rank_pattern."
         )
+
+
+def _is_packed(linear: nn.Module) -> bool:
+    """Whether a weight holds codes: packed here, or quantized by others in bytes, bitsandbytes' int8 say."""
+    weight = linear.get_parameter("weight")
+    return bool(getattr(linear, "packed_format", "")) or weight.dtype.itemsize == 1

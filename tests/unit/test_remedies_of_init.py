@@ -53,13 +53,18 @@ def test_packed_weights_have_no_factors() -> None:
     packed = net()
     pack_linear(packed[0], form="nf4", fqn="0")
     says = (
-        "the factors are those of the weight that is computed with, which is packed for 0. Leave lora.base_format out, "
-        "or leave lora.init out."
+        "the factors are those of the weight that is computed with, which is packed or quantized "
+        "for 0. Leave lora.base_format out, or leave lora.init out."
     )
     with pytest.raises(ValueError, match=re.escape(says)):
         applied(packed)
     assert not [*adapted_modules(packed)]
     applied(packed, init="")
+    quantized = net()  # as bitsandbytes' and others' int8: codes, beside which scales stand
+    quantized[0].weight = nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        applied(quantized)
+    assert not [*adapted_modules(quantized)]
     applied(net())
 
 
