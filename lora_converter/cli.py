@@ -47,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="step folder of a LoRA run -> PEFT directory")
     export.add_argument("--checkpoint", required=True, help="step folder, e.g. outputs/checkpoint/step-100")
     export.add_argument("--output", required=True, help="directory to make; must not exist")
-    export.add_argument("--base", default="", help="what to record as the adapter's base (default: the run's own)")
+    export.add_argument(
+        "--base",
+        default="",
+        help="the adapter's base, to be recorded; read for DoRA and new tokens (default: the run's)",
+    )
     export.add_argument("--dtype", choices=DTYPES, default="float32", help="of the adapter (default: float32)")
     _add_import(export)
     export.set_defaults(run=_export)
@@ -118,7 +122,7 @@ def _inspect(options: argparse.Namespace) -> str:
         return describe_adapter(load_peft(options.path), base=options.base, base_as=options.base_as)
     if any(Path(options.path).glob("*.safetensors")):
         return describe_model(options.path, base=options.base)
-    adapter = _read_step(options.path, options.custom_import)
+    adapter = _read_step(options.path, options.custom_import, base=options.base or "")
     return describe_adapter(adapter, base=options.base, base_as=options.base_as)
 
 

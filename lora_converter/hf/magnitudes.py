@@ -81,7 +81,7 @@ def with_norms_of(adapter: PeftAdapter, base: str, what: str) -> PeftAdapter:
         what: What holds the adapter, for messages.
 
     Raises:
-        ValueError: There is no such folder, or it lacks a weight.
+        ValueError: There is no such folder, or it lacks a weight or has it quantized.
     """
     if not adapter.magnitudes:
         return adapter
@@ -91,8 +91,11 @@ def with_norms_of(adapter: PeftAdapter, base: str, what: str) -> PeftAdapter:
     weights, magnitudes = open_model(base).weights, {}
     for module, change in adapter.magnitudes.items():
         key = f"{module}.weight"
-        if key not in weights or weights[key][1].shape[:1] != list(change.shape):
-            raise ValueError(f"{refused}has no {key} of {len(change)} rows. Name the base of the run with --base.")
+        entry = weights[key][1] if key in weights else None
+        if entry is None or not entry.is_float or entry.shape[:1] != list(change.shape):
+            raise ValueError(
+                f"{refused}has no unquantized {key} of {len(change)} rows. Name the base of the run with --base."
+            )
         with safe_open(weights[key][0], framework="pt") as file:
             magnitudes[module] = file.get_tensor(key).float().norm(dim=1) + change.float()
     return replace(adapter, magnitudes=magnitudes)

@@ -1,5 +1,6 @@
 """PEFT directories of a run: written at its end, read at its start, and made of step folders without a run."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,8 @@ from lora_converter.run.steps import adapters_in
 from lora_converter.targets import select_targets
 from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import tied_to_trained
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -204,6 +207,8 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     changes = {
         f"{m.lora_fqn}.weight": state_dict.pop(f"{m.lora_fqn}.{CHANGE}") for m in adapted if isinstance(m, DoRALinear)
     }
+    if base and (changes or ids) and Path(base).name.lower() != Path(described.base).name.lower():
+        logger.warning("The run's base is %r. What it adds to is taken from %s, as its copy.", described.base, base)
     make_plain(state_dict)
     peft = to_peft(
         adapter,

@@ -1,5 +1,6 @@
 """Jobs with a magnitude per row (DoRA): steps, resume, PEFT's directory out and in, the merge, what is refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from harness import Run, adapter_state, build, finish, train
 from hf_models import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_converter.cli import main
@@ -99,3 +100,24 @@ def test_a_step_becomes_a_directory_beside_its_base_alone(hf_base: Path, tmp_pat
     assert mine.keys() == its.keys()
     assert all(torch.equal(value, its[name]) for name, value in mine.items() if "magnitude" not in name)
     assert all(torch.allclose(value, its[name], rtol=1e-6) for name, value in mine.items())
+
+
+def test_norms_are_those_of_the_base_that_is_named_and_never_of_codes(
+    hf_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(hf_base, tmp_path / "base"))
+    job = [*options(base), "--lora.use_dora", "--training.steps=1", "--checkpoint.no-last_save_model_only"]
+    train(tmp_path / "run", *job)
+    step, moved = str(tmp_path / "run" / "checkpoint" / "step-1"), base.rename(tmp_path / "moved")
+    assert main(["inspect", step]) == 1
+    assert "with --base" in capsys.readouterr().err
+    assert main(["inspect", step, "--base", str(moved)]) == 0
+    caplog.clear()
+    assert main(["export", "--checkpoint", step, "--output", str(tmp_path / "adapter"), "--base", str(moved)]) == 0
+    assert [text for text in caplog.messages if f"base is '{base}'" in text and f"taken from {moved}" in text]
+    weights = load_file(moved / "model.safetensors")
+    key = "model.layers.0.mlp.down_proj.weight"
+    save_file({**weights, key: weights[key].to(torch.float8_e4m3fn)}, moved / "model.safetensors", {"format": "pt"})
+    export = ["export", "--checkpoint", step, "--output", str(tmp_path / "no"), "--base", str(moved)]
+    assert main(export) == 1 and not (tmp_path / "no").exists()
+    assert f"has no unquantized {key}" in capsys.readouterr().err
