@@ -28,10 +28,20 @@ def magnitudes_in_file(adapter: PeftAdapter) -> dict[str, Tensor]:
     return {f"{module}.lora_magnitude_vector": own for module, own in adapter.magnitudes.items()}
 
 
-def take_magnitudes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Module -> magnitude, of the tensors of a weights file, which they are taken out of."""
-    keys = {key: _KEY.fullmatch(without_wrappers(key).removeprefix("module.")) for key in tensors}
-    return {match["module"]: tensors.pop(key) for key, match in keys.items() if match}
+def take_magnitudes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Module -> magnitude, of the tensors of a weights file, which they are taken out of.
+
+    Raises:
+        ValueError: A module has two, under keys of several forms.
+    """
+    found: dict[str, Tensor] = {}
+    for key in [*tensors]:
+        match = _KEY.fullmatch(without_wrappers(key).removeprefix("module."))
+        if match and match["module"] in found:
+            raise ValueError(f"{path}: lora_magnitude_vector of {match['module']} is there twice, as {key!r} too.")
+        if match:
+            found[match["module"]] = tensors.pop(key)
+    return found
 
 
 def check_magnitudes(adapter: PeftAdapter, what: str, *, use_dora: bool) -> None:

@@ -162,7 +162,7 @@ def load_peft(folder: str | Path) -> PeftAdapter:
     config = read_config(folder)
     tensors, metadata = _read_tensors(folder)
     saved = as_list(config.get("modules_to_save"))
-    magnitudes = take_magnitudes(tensors)
+    magnitudes = take_magnitudes(tensors, folder / WEIGHTS_FILE)
     token_rows = take_token_rows(tensors, config.get(FIELD), folder / WEIGHTS_FILE)
     pairs, base_weights = _sorted_out(tensors, folder / WEIGHTS_FILE, saved)
     rank, parameters = config.get("r", DEFAULT_RANK), as_list(config.get("target_parameters"))

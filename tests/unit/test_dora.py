@@ -319,6 +319,7 @@ def test_magnitudes_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
     assert f"use_dora = true, and {module} have no lora_magnitude_vector" in refused(**{key: None})
     assert f"{module} is (3,), must be (64,)" in refused(**{key: torch.ones(3)})
+    assert f"{module} is there twice, as '{key}.weight' too" in refused(**{f"{key}.weight": torch.ones(64)})
     said = json.loads((tmp_path / "it" / CONFIG_FILE).read_text())
     (tmp_path / "it" / CONFIG_FILE).write_text(json.dumps({**said, "use_dora": False}))
     assert "use_dora = false, and model.layers.0.mlp.down_proj, " in refused()
