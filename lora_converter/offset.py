@@ -172,6 +172,7 @@ def check_init(config: LoRAConfig, linears: Mapping[str, tuple[nn.Module, int]],
 
 
 def _is_packed(linear: nn.Module) -> bool:
-    """Whether a weight holds codes: packed here, or quantized by others in bytes, bitsandbytes' int8 say."""
+    """Whether a weight holds codes: packed here, or quantized by others, bitsandbytes' bytes or torchao's tensors."""
     weight = linear.get_parameter("weight")
-    return bool(getattr(linear, "packed_format", "")) or weight.dtype.itemsize == 1
+    is_quantized = weight.dtype.itemsize == 1 or type(weight).dequantize is not Tensor.dequantize
+    return bool(getattr(linear, "packed_format", "")) or is_quantized

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
+from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 from torchtitan.models.moe import MoE, MoEArgs
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora
@@ -60,11 +61,13 @@ def test_packed_weights_have_no_factors() -> None:
         applied(packed)
     assert not [*adapted_modules(packed)]
     applied(packed, init="")
-    quantized = net()  # as bitsandbytes' and others' int8: codes, beside which scales stand
-    quantized[0].weight = nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=re.escape(says)):
-        applied(quantized)
-    assert not [*adapted_modules(quantized)]
+    codes, quantized = net(), net()  # as bitsandbytes' int8, beside which scales stand, and torchao's
+    codes[0].weight = nn.Parameter(torch.ones(32, 64, dtype=torch.int8), requires_grad=False)
+    quantize_(quantized[:1], IntxWeightOnlyConfig(torch.int8, PerGroup(32)))
+    for model in (codes, quantized):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            applied(model)
+        assert not [*adapted_modules(model)]
     applied(net())
 
 
