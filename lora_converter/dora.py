@@ -10,9 +10,9 @@ n is a constant to the derivative, as in the paper's section 4.3. It is computed
 since nothing tells when a weight changes: FSDP2 gathers it anew, and torch.compile sees no version of it.
 
 What trains is not m but what is added to ‖W‖. AdamW takes the same steps, and it is zero at the start: the first
-output is the base's, bit for bit and in any layout, nothing has to wait for the base to be loaded, and where FSDP2
-computes in bf16 the change is rounded, and not a magnitude of which a small change would be lost. Weight decay draws
-m to ‖W‖. PEFT's files have m.
+output is the base's, bit for bit and in any layout (but a bias is added to what is rounded, which shows in bf16),
+nothing has to wait for the base to be loaded, and where FSDP2 computes in bf16 the change is rounded, and not a
+magnitude of which a small change would be lost. Weight decay draws m to ‖W‖. PEFT's files have m.
 
 Under tensor parallelism the change lies as the bias does: sharded with the rows of a column-wise weight, whole beside a
 row-wise one, whose sums are partial over the ranks: one all-reduce of out_features numbers per forward, or of 2 x that.
