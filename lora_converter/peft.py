@@ -127,8 +127,15 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
 
 
 def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is added to the norms of the model's rows, of an adapter that has DoRA's magnitudes themselves."""
+    """What is added to the norms of the model's rows, of an adapter that has DoRA's magnitudes themselves.
+
+    Raises:
+        ValueError: One of the two has magnitudes alone.
+    """
     with_magnitude = {m.lora_fqn: m for m in adapted_modules(model) if isinstance(m, DoRALinear)}
+    if bool(adapter.magnitudes) != bool(with_magnitude):
+        there, here = bool(adapter.magnitudes), bool(with_magnitude)
+        raise ValueError(f"The adapter has use_dora = {there}, the model {here}: give apply_lora use_dora = {there}.")
     found: dict[str, torch.Tensor] = {}
     for fqn, own in adapter.magnitudes.items():
         norms = with_magnitude[fqn].row_norms() if fqn in with_magnitude else torch.zeros(())

@@ -253,8 +253,13 @@ def test_files_go_both_ways_through_peft(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=TOKENS).logits, expected, rtol=1e-5, atol=1e-5)
     plain = tiny_llama()
     apply_lora(plain, config(use_dora=False))
-    with pytest.raises(ValueError, match=r"lora_magnitude_change"):
+    with pytest.raises(ValueError, match=r"has use_dora = True, the model False: give apply_lora use_dora = True\."):
         into_model(load_peft(tmp_path / "theirs"), plain)
+    save_peft(from_model(plain), tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"give apply_lora use_dora = False\."):
+        into_model(load_peft(tmp_path / "plain"), again)
+    into_model(load_peft(tmp_path / "plain"), plain)
+    assert torch.equal(again(input_ids=TOKENS).logits, expected)
 
 
 def test_a_directory_in_bf16_loses_nothing_of_a_small_change(tmp_path: Path) -> None:
