@@ -84,11 +84,13 @@ def open_whole(folder: str | Path) -> Tokenizer:
 
 
 def add_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
-    """Adds tokens that are matched before a text is split, as they stand. What the tokenizer has keeps its id.
+    """Adds tokens that are matched before a text is split, as they stand. What the tokenizer has stays as it is.
 
-    They are not special: what a model writes is read with them, as a parser of tool calls must.
+    They are not special: what a model writes is read with them, as a parser of tool calls must. A piece of a word is
+    not added again: matched before the split, it would be cut out of every word that has it.
     """
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
 
 
 def _first(tokenizer: Tokenizer) -> list[int]:

@@ -160,9 +160,10 @@ class Description:
         ]
 
     def _token_differences(self, job: "Description") -> list[str]:
-        if sorted(self.tokens.values()) == sorted(job.tokens.values()):
+        if self.tokens == job.tokens:
             return []
-        there, here = (", ".join(f"{token!r} ({index})" for token, index in d.tokens.items()) for d in (self, job))
+        each = (sorted(d.tokens.items(), key=lambda entry: entry[1]) for d in (self, job))
+        there, here = (", ".join(f"{token!r} ({index})" for token, index in tokens) for tokens in each)
         return [f"rows of {there or 'no tokens'} train there, and of {here or 'none'} here, by lora.new_tokens"]
 
     def data_differences(self, data: dict[str, Any]) -> list[str]:

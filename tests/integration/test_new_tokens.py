@@ -11,9 +11,12 @@ from harness import Run, adapter_state, build, finish, full_state, train
 from hf_models import tiny_llama
 from safetensors.torch import load_file
 from test_checkpoint import failing
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.distributed.checkpoint import FileSystemReader
 from torchtitan.models.llama3 import llama3_args
 
+from lora_converter.chat.folder import add_tokens
 from lora_converter.fingerprint import base_fingerprint
 
 FILL = [f"<new {k}>" for k in range(64)]  # behind the tokenizer's 258: 62 have rows in a base of 320, two have none
@@ -28,6 +31,15 @@ def on(base: Path) -> list[str]:
 
 def model_of(run: Run) -> torch.nn.Module:
     return run.trainer.model_parts[0]
+
+
+def test_a_piece_of_words_that_trains_cuts_no_word() -> None:
+    """Matched as an added token it would be cut out of "theirs", whose ids the base has not learned so."""
+    tokenizer = Tokenizer(BPE({"t": 0, "h": 1, "e": 2, "th": 3, "the": 4, "ei": 5, "i": 6}, [("t", "h"), ("th", "e")]))
+    before = tokenizer.encode("theiethe").ids
+    add_tokens(tokenizer, ["th", "<new>", "<new> 2"])
+    assert tokenizer.encode("theiethe").ids == before == [4, 6, 2, 4]
+    assert tokenizer.encode("th<new> 2<new>").ids == [3, 8, 7]
 
 
 @pytest.mark.parametrize("format", ["hf", "dcp"])
@@ -93,6 +105,8 @@ def test_other_tokens_than_the_steps_are_refused_by_name(hf_base: Path, tmp_path
     train(tmp_path, *on(hf_base), "--lora.new_tokens=<a>,<b>", "--training.steps=2")
     _, message = failing(tmp_path, *on(hf_base), "--lora.new_tokens=<a>")
     assert "rows of '<a>' (258), '<b>' (259) train there, and of '<a>' (258) here, by lora.new_tokens" in message
+    _, message = failing(tmp_path, *on(hf_base), "--lora.new_tokens=<b>,<a>")  # the same ids, each another token
+    assert "rows of '<a>' (258), '<b>' (259) train there, and of '<b>' (258), '<a>' (259) here" in message
     _, message = failing(tmp_path, *on(hf_base))
     assert "only there: output, tok_embeddings" in message
 
