@@ -112,7 +112,7 @@ def apply_lora(
     if config.init:
         check_init(config, {fqn: (linears[fqn], configs[fqn].rank) for fqn in targets}, experts=list(weights))
     like: Any = {"dtype": dtype, "factor_class": factor_class}
-    check_token_rows(model, tokens, adapted=targets)
+    check_token_rows(model, tokens, config, adapted=targets)
     for fqn in targets:
         add(linears[fqn], configs[fqn], fqn=fqn, canonical_name=canonical_name(fqn), **like)
     for fqn, own in weights.items():

@@ -13,21 +13,33 @@ from lora_converter.swap import swap_class
 from lora_converter.tensors import full_tensor, local_indices, local_part
 from lora_converter.token_rows import ROWS, TiedHead, TokenRows, TokenRowsEmbedding, TokenRowsHead
 from lora_converter.trained import trained_parameters
-from lora_converter.vocabulary import first_rows, grow, vocabularies
+from lora_converter.vocabulary import check_grows, first_rows, grow, vocabularies
 
 _GROWN = "lora_grown"
 """Of an embedding or a head that trains in full: how many rows the base has, and its name on any host."""
 
 
-def check_token_rows(model: nn.Module, tokens: Sequence[int], *, adapted: Collection[str] = ()) -> None:
+def check_token_rows(
+    model: nn.Module, tokens: Sequence[int], config: LoRAConfig, *, adapted: Collection[str] = ()
+) -> None:
     """Refuses a model or settings that rows of tokens do not go with.
 
     Args:
+        tokens: Ids.
+        config: Its `new_tokens` are text, which a host's tokenizer has made ids of.
         adapted: Linears that are to have an adapter.
 
     Raises:
-        ValueError: An embedding or a head is among them, or is packed; or see `vocabularies`.
+        ValueError: There is text without ids, or an id below 0; an embedding or a head is among them, or is packed;
+            or see `vocabularies` and `check_grows`.
     """
+    if config.new_tokens and not tokens:
+        raise ValueError(
+            f"lora.new_tokens = {config.new_tokens}, and apply_lora has no tokenizer to know their ids by. Give it "
+            "their ids: tokens = tokenizer.convert_tokens_to_ids(...)."
+        )
+    if wrong := [token for token in tokens if not isinstance(token, int) or token < 0]:
+        raise ValueError(f"tokens = {list(tokens)}: {wrong} are no ids, which are integers from 0 on.")
     for fqn, module in vocabularies(model).items() if tokens else ():
         if fqn in adapted:
             raise ValueError(
@@ -37,6 +49,8 @@ def check_token_rows(model: nn.Module, tokens: Sequence[int], *, adapted: Collec
         weight = cast(Any, module).weight
         if not weight.is_floating_point():
             raise ValueError(f"lora.new_tokens: {fqn} is quantized ({weight.dtype}), and no rows of it can train.")
+    if tokens:
+        check_grows(model, max(tokens) + 1)
 
 
 def add_token_rows(

@@ -95,6 +95,6 @@ def set_adapter(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Puts one of several adapters into a model, which holds one at a time: `load_adapter_state_dict`, by PEFT's name.
 
     Args:
-        state: Cloned from `adapter_state_dict(model, full=False)`, it goes in without communication; whole tensors do, too.
+        state: Cloned from `adapter_state_dict(model, full=False)`, it goes in without communication; or whole tensors.
     """
     load_adapter_state_dict(model, state)

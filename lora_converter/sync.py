@@ -12,7 +12,7 @@ updates do not drift. The base itself is never sent.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lora_converter.files import write_whole
 from lora_converter.fingerprint import base_fingerprint
 from lora_converter.increments import Increment, increments_of
 from lora_converter.names import owners
+from lora_converter.new_tokens import token_rows
 from lora_converter.shared import check_not_shared
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import local_part, reshard
@@ -45,12 +46,14 @@ class Package:
         scalings: FQN of each adapted module -> factor of its B A.
         tensors: `<fqn>.lora_a.weight` (rank, in_features) and `<fqn>.lora_b.weight` (out_features, rank) of linears,
             `<fqn>.<weight>_lora_a` and `<fqn>.<weight>_lora_b` of routed experts, see `experts.py`.
+        tokens: Module -> of which tokens its `lora_token_rows` are; see `token_rows.py`.
     """
 
     version: int
     base: str
     scalings: dict[str, float]
     tensors: dict[str, torch.Tensor]
+    tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None = None) -> bytes:
@@ -76,6 +79,8 @@ def pack(model: nn.Module, *, version: int, base: str, dtype: torch.dtype | None
         for fqn, config in settings.items()
     }
     header: dict[str, Any] = {"format": _FORMAT, "version": version, "base": base, "configs": configs}
+    if tokens := _tokens_of(model):
+        header["tokens"] = tokens
     header["sha256"] = _checksum(header, tensors)
     return save(tensors, metadata={_FIELD: json.dumps(header)})
 
@@ -98,7 +103,7 @@ def unpack(data: bytes) -> Package:
     if header["format"] != _FORMAT:
         raise ValueError(f"The package has format {header['format']}; this version of lora_converter reads {_FORMAT}.")
     scalings = {fqn: scaling(c["rank"], c["alpha"], c["use_rslora"]) for fqn, c in header["configs"].items()}
-    return Package(header["version"], header["base"], scalings, tensors)
+    return Package(header["version"], header["base"], scalings, tensors, header.get("tokens", {}))
 
 
 class _Receiver:
@@ -145,6 +150,8 @@ class AdapterReceiver(_Receiver):
         if ours != package.scalings:
             other = sorted(f for f in ours.keys() | package.scalings.keys() if ours.get(f) != package.scalings.get(f))
             raise ValueError(f"The package's linears or scalings are not this model's: {', '.join(other)}.")
+        if (tokens := _tokens_of(self.model)) != package.tokens:
+            raise ValueError(f"The package's rows are of the tokens {package.tokens}, and this model's of {tokens}.")
         load_adapter_state_dict(self.model, package.tensors)
 
 
@@ -203,6 +210,10 @@ def broadcast(data: bytes | None, *, group: dist.ProcessGroup | None = None, gro
 def write_file(path: str | Path, data: bytes) -> None:
     """Puts a package where another process polls for it: a reader sees the old one or the new one, never a part."""
     write_whole(path, data)
+
+
+def _tokens_of(model: nn.Module) -> dict[str, list[int]]:
+    return {module.lora_fqn: [*module.lora_token_ids] for module in token_rows(model).values()}
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -45,21 +45,38 @@ def vocabularies(model: nn.Module) -> dict[str, nn.Module]:
 def grow(model: nn.Module, rows: int) -> None:
     """Makes a model's embedding and head of so many rows, in place, the new ones zeros. A tied weight stays tied.
 
+    What a model of transformers says of its vocabulary, which its losses and `save_pretrained` go by, follows.
+
     Raises:
-        ValueError: The head has a bias.
+        ValueError: The head has a bias; nothing is changed.
     """
     grown: dict[int, nn.Parameter] = {}
-    for fqn, module in vocabularies(model).items():
+    check_grows(model, rows)
+    for module in vocabularies(model).values():
         old: Any = module.weight
         if rows <= old.shape[0]:
             continue
-        if getattr(module, "bias", None) is not None:
-            raise ValueError(f"lora.new_tokens: {fqn} has a bias, which is not grown.")
         if id(old) not in grown:
             larger = F.pad(old.detach(), (0, 0, 0, rows - old.shape[0]))
             grown[id(old)] = nn.Parameter(larger, requires_grad=old.requires_grad)
         module.weight = grown[id(old)]
         setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+    config = getattr(model, "config", None)
+    telling: tuple[Any, ...] = (model, config, getattr(config, "text_config", None)) if grown else ()
+    for each in telling:
+        if isinstance(said := getattr(each, "vocab_size", None), int) and said < rows:
+            each.vocab_size = rows
+
+
+def check_grows(model: nn.Module, rows: int) -> None:
+    """Refuses a model whose embedding and head cannot get so many rows.
+
+    Raises:
+        ValueError: The head has a bias.
+    """
+    for fqn, module in vocabularies(model).items():
+        if rows > cast(Any, module).weight.shape[0] and getattr(module, "bias", None) is not None:
+            raise ValueError(f"lora.new_tokens: {fqn} has a bias, which is not grown.")
 
 
 def first_rows(weight: torch.Tensor, ids: Sequence[int], *, base_rows: int, name: str, seed: int) -> torch.Tensor:

@@ -3,12 +3,14 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 from hf_models import tiny_llama, tiny_qwen3
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from lora_converter import (
     LoRAConfig,
@@ -21,6 +23,7 @@ from lora_converter import (
     unmerge_adapter,
 )
 from lora_converter.new_tokens import token_rows
+from lora_converter.sync import AdapterReceiver, IncrementReceiver, pack
 from lora_converter.token_rows import ROWS
 from lora_converter.vocabulary import mean_rows
 
@@ -162,6 +165,57 @@ def test_what_trains_otherwise_is_refused_and_the_model_is_left_alone(config: Lo
         apply_lora(model, config, tokens=IDS)
     assert message in str(error.value)
     assert model.lm_head.weight.shape[0] == 320 and not adapter_parameters(model)
+
+
+def test_a_package_of_rows_goes_to_rows_of_the_same_tokens() -> None:
+    sender, other, same = tiny_llama(), tiny_llama(), tiny_llama()
+    for model, tokens in ((sender, [7, 320]), (other, [8, 320]), (same, [320, 7])):
+        apply_lora(model, LoRAConfig(rank=4, target_modules=["q_proj"]), tokens=tokens)
+    with torch.no_grad():
+        for param in adapter_parameters(sender).values():
+            param += torch.randn(param.shape) * 0.1
+    package = pack(sender, version=1, base="base")
+    with pytest.raises(
+        ValueError, match=r"rows are of the tokens \{.*\[7, 320\]\}, and this model's of \{.*\[8, 320\]\}"
+    ):
+        AdapterReceiver(other, base="base").receive(package)
+    AdapterReceiver(same, base="base").receive(package)
+    text = TEXT % 321
+    assert torch.equal(same(text).logits, sender(text).logits)
+    with pytest.raises(ValueError, match="lora_token_rows, which is no increment of a weight"):
+        IncrementReceiver(tiny_llama(), base="base").receive(package)
+
+
+def test_text_without_ids_and_ids_below_zero_are_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match=r"new_tokens = \['<a>'\], and apply_lora has no tokenizer to know their ids by"
+    ):
+        apply_lora(model, LoRAConfig(target_modules=["q_proj"], new_tokens=["<a>"]))
+    with pytest.raises(ValueError, match=r"tokens = \[3, -1\]: \[-1\] are no ids"):
+        apply_lora(model, LoRAConfig(target_modules=["q_proj"]), tokens=[3, -1])
+    assert not adapter_parameters(model)
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"], new_tokens=["<a>"]), tokens=[3])
+    assert adapter_parameters(model)["lm_head.lora_token_rows"].shape == (1, 64)
+
+
+def test_a_head_with_a_bias_has_no_more_rows_and_the_model_is_left_alone() -> None:
+    model = tiny_llama()
+    model.lm_head = nn.Linear(64, 320)
+    with pytest.raises(ValueError, match="lm_head has a bias, which is not grown"):
+        apply_lora(model, LoRAConfig(target_modules=["q_proj"]), tokens=[320])
+    assert not adapter_parameters(model) and len(model.model.embed_tokens.weight) == model.config.vocab_size == 320
+    apply_lora(model, LoRAConfig(target_modules=["q_proj"]), tokens=[319])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_grown_model_of_transformers_has_its_loss_and_is_saved(tied: bool, tmp_path: Path) -> None:
+    model = ours(tiny_qwen3(tied=True) if tied else tiny_llama())
+    torch.testing.assert_close(model(TEXT, labels=TEXT).loss, loss_of(model))
+    merge_and_unload(model).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(again(TEXT).logits, model(TEXT).logits, rtol=1e-5, atol=1e-5)
+    assert again.config.vocab_size == 323
 
 
 def test_an_embedding_with_arithmetic_of_its_own_is_refused() -> None:
