@@ -24,7 +24,7 @@ from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
 from lora_converter.hf.peft_directory import is_peft_directory, load_peft, save_peft, update_peft
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
-from lora_converter.hf.trained_tokens import TokenRows, module_in
+from lora_converter.hf.trained_tokens import TokenRows, module_in, rows_in_copy
 from lora_converter.linear import LoRALinear
 from lora_converter.names import plain_modules, plain_parameters
 from lora_converter.new_tokens import token_rows
@@ -32,6 +32,7 @@ from lora_converter.offset import make_plain
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
+from lora_converter.token_rows import TokenRowsEmbedding
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 __all__ = [
@@ -105,8 +106,9 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     params = dict(plain_parameters(model))
     trained = trained_parameters(model)
     owned = {*trained, *(other for others in tied_to_trained(model).values() for other in others)}
-    copies = [(name, copy) for name, copy in adapter.base_weights.items() if name not in owned]
-    other = [n for n, copy in copies if n not in params or not is_same_weight(copy, full_tensor(params[n]))]
+    copies = {name: copy for name, copy in adapter.base_weights.items() if name not in owned}
+    rows = _token_rows(adapter, model, copies)
+    other = [n for n, copy in copies.items() if n not in params or not is_same_weight(copy, full_tensor(params[n]))]
     if other:
         raise ValueError(base_weights_in_training("The adapter", other))
     for fqn, config in adapter_configs(model).items():
@@ -123,7 +125,7 @@ def into_model(adapter: PeftAdapter, model: nn.Module) -> None:
     if adapter.init:  # what they began at is the base's, which has not changed
         frozen = {f"{m.lora_fqn}.{name}" for m in adapted_modules(model) for name in m.frozen_parameter_names}
         state |= {name: tensor for name, tensor in adapter_state_dict(model).items() if name in frozen}
-    load_adapter_state_dict(model, state | _magnitude_changes(adapter, model) | _token_rows(adapter, model))
+    load_adapter_state_dict(model, state | _magnitude_changes(adapter, model) | rows)
 
 
 def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -143,26 +145,36 @@ def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torc
     return found
 
 
-def _token_rows(adapter: PeftAdapter, model: nn.Module) -> dict[str, torch.Tensor]:
+def _token_rows(adapter: PeftAdapter, model: nn.Module, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is added to the model's rows of tokens, of an adapter that has the rows themselves.
 
-    A module whose rows the adapter has not, and the base has, is as the base has it: PEFT trains an embedding's alone.
+    Rows that the adapter has not of a module, and the base has, are as the base has them: PEFT trains an embedding's
+    alone, or other tokens' of each.
+
+    Args:
+        copies: Whole weights that the adapter has; see `rows_in_copy`.
     """
     found: dict[str, torch.Tensor] = {}
-    used, there = set(), {module: sorted(rows.ids) for module, rows in adapter.token_rows.items()}
+    used: set[str] = set()
     for name, module in token_rows(model).items():
+        ids = module.lora_token_ids
+        weight, sizes = f"{module.lora_fqn}.weight", [module.lora_base_rows, module.weight.shape[0]]
+        tied = isinstance(module, TokenRowsEmbedding) and bool(module.lora_tied)
+        copied = rows_in_copy(copies, weight, ids=ids, rows=sizes, tied=tied)
         file = module_in(adapter.token_rows, module.lora_fqn)
-        rows = adapter.token_rows[file] if file else None
-        if rows is None and module.lora_token_ids[-1] < module.lora_base_rows:
-            found[name] = torch.zeros_like(module.lora_token_rows)
-        elif rows is not None and sorted(rows.ids) == [*module.lora_token_ids]:
-            base = module.base_rows()
-            found[name] = rows.ascending.to(base) - base
-            used.add(file)
-    if used < there.keys() or len(found) < len(token_rows(model)):
+        rows = adapter.token_rows[file] if file else copied
+        there = rows.ids if rows else []
+        if set(there) <= {*ids} and all(token < module.lora_base_rows or token in there for token in ids):
+            found[name] = torch.zeros_like(full_tensor(module.lora_token_rows.detach()))
+            if rows:
+                places, base = [ids.index(token) for token in there], module.base_rows()
+                found[name][places] = rows.rows.to(base) - base[places]
+        used |= {own for own, each in adapter.token_rows.items() if own == file or (rows and each.equals(rows))}
+    if used < adapter.token_rows.keys() or len(found) < len(token_rows(model)):
+        named = {module: sorted(rows.ids) for module, rows in adapter.token_rows.items()}
         raise ValueError(
-            f"The adapter has trained rows of tokens of {there or 'no module'}, and the model of others: give "
-            f"apply_lora tokens = {next(iter(there.values()), [])}."
+            f"The adapter has trained rows of tokens of {named or 'no module'}, and the model of others: give "
+            f"apply_lora tokens = {sorted({token for ids in named.values() for token in ids})}."
         )
     return found
 

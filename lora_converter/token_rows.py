@@ -12,7 +12,7 @@ gradient is then a partial sum, as that of a whole factor (`tensor_parallel.py`)
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -154,10 +154,12 @@ class TokenRows(AdaptedModule):
         return rows + full_tensor(self.lora_token_rows.detach()).to(rows)
 
     @torch.no_grad()
-    def set_whole_rows(self, rows: torch.Tensor) -> None:
-        """The inverse. A collective."""
-        base = self.base_rows()
-        copy_full_(self.lora_token_rows, rows.to(base) - base)
+    def set_whole_rows(self, rows: torch.Tensor, ids: Sequence[int]) -> None:
+        """The inverse, of some of the tokens. A collective."""
+        base, changes = self.base_rows(), full_tensor(self.lora_token_rows.detach()).clone()
+        places = [self.lora_token_ids.index(token) for token in ids]
+        changes[places] = rows.to(changes) - base[places].to(changes)
+        copy_full_(self.lora_token_rows, changes)
 
 
 class TokenRowsEmbedding(TokenRows):

@@ -129,6 +129,9 @@ class Keys:
         if is_same_weight(value, _read(self._base, source)):
             logger.info("%s of the adapter is the base's own, and dropped.", key)
             return
+        others = plan.peft.base_weights.items() if plan.peft.token_rows else ()
+        if found is None and any(other != key and is_same_weight(value, each) for other, each in others):
+            return  # a tied head's, which is the embedding's
         if found is None:
             plan.added[key], plan.untied = source, True
         plan.replaced[found or key] = value
@@ -138,6 +141,9 @@ class Keys:
         """Puts trained rows of tokens into a weight, which may get more rows by it."""
         name = self.find(module)
         source = name or self.embedding_of(module)
+        others = plan.peft.token_rows.items()
+        if name is None and any(other != module and each.equals(trained) for other, each in others):
+            return  # a tied head's, which are the embedding's
         if source is None:
             raise ValueError(f"{module}.weight, rows of which the adapter brings, is not in the base")
         entry = self._base.weights[source][1]
@@ -159,8 +165,23 @@ class Keys:
         size = max((max(each.ids) + 1 for each in plan.peft.token_rows.values()), default=0)
         for module, key in self._keys.items():
             rows = self._base.weights[key][1].shape[0]
-            if last_part(module) in HEADS | EMBEDDINGS and rows < size and key not in plan.replaced:
+            settled = key in plan.replaced or self.stored_tied_head(plan) == key
+            if last_part(module) in HEADS | EMBEDDINGS and rows < size and not settled:
                 yield f"{key} has {rows} rows, and the adapter brings new tokens up to {size - 1} without rows for it"
+
+    def stored_tied_head(self, plan: MergePlan) -> str | None:
+        """The key of a head that is tied and stored all the same, of whose embedding trained rows are put in place.
+
+        transformers ties no head to an embedding that is stored beside it with other values.
+        """
+        trained = {self.find(module) for module in plan.peft.token_rows}
+        heads = [key for module, key in self._keys.items() if last_part(module) in HEADS]
+        if len(heads) != 1 or len(self._embeddings) != 1 or not is_tied(self._base):
+            return None
+        (head,), (embedding,) = heads, self._embeddings
+        if embedding not in trained or head in plan.replaced or head in plan.updates:
+            return None
+        return head if is_same_weight(_read(self._base, head), _read(self._base, embedding)) else None
 
     def embedding_of(self, module: str) -> str | None:
         """Where the weight of an output head is that has none: the embedding's, if it is tied to it."""

@@ -66,6 +66,9 @@ def plan_merge(base: ModelFolder, peft: PeftAdapter, adapter: str, *, base_as: s
     _keep_tied_head(base, plan)
     heads = [key for key in (*plan.updates, *plan.replaced) if last_part(key.removesuffix(".weight")) in HEADS]
     plan.untied = plan.untied or bool(heads and is_tied(base))
+    if head := keys.stored_tied_head(plan):
+        weights = plan.replaced.items()
+        plan.replaced[head] = next(w for key, w in weights if last_part(key.removesuffix(".weight")) in EMBEDDINGS)
     if base_as:
         linears = {key: update.transposed for key, update in plan.updates.items() if len(keys.shape(key, plan)) == 2}
         packed = weights_as(base, base_as, peft.packed, transposed=linears)

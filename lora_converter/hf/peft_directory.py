@@ -50,7 +50,8 @@ _CONVERT = (
 )
 
 _BASE_WEIGHT = re.compile(
-    r"base_model\.model\.(?P<module>(.+\.)?(lm_head|embed_tokens|embed_out|wte|word_embeddings))(\.base_layer)?\.weight"
+    r"base_model\.model\.(?P<module>(.+\.)?(lm_head|embed_tokens|embed_out|wte|word_embeddings))"
+    r"(\.token_adapter)?(\.base_layer)?\.weight"
 )
 """What PEFT stores beside the factors once an embedding or a head is a target, or the vocabulary was resized."""
 

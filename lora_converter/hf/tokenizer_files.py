@@ -55,11 +55,11 @@ def copy_tokenizer(source: str | Path, target: Path) -> bool:
     return Path(source, _TOKENIZER).is_file()
 
 
-def tokens_named(folder: str | Path, ids: Iterable[int]) -> list[str]:
-    """The tokens of some ids in a folder's tokenizer; without one, or for others, their ids in angle brackets."""
+def tokens_named(folder: str | Path, ids: Iterable[int]) -> dict[int, str]:
+    """Id -> token, of those of some ids that a folder's tokenizer has; none without one."""
     known: dict[int, str] = {}
     if Path(folder, _TOKENIZER).is_file():
         from lora_converter.chat.folder import open_whole
 
         known = {index: token for token, index in open_whole(folder).get_vocab(with_added_tokens=True).items()}
-    return [known.get(index, f"<token {index}>") for index in ids]
+    return {index: known[index] for index in ids if index in known}

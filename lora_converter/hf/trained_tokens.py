@@ -9,7 +9,7 @@ name, and a list for the embedding's tokens alone. Where a base ties its head, t
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class TokenRows:
     def ascending(self) -> torch.Tensor:
         """The rows in the order of their ids."""
         return self.rows[sorted(range(len(self.ids)), key=self.ids.__getitem__)]
+
+    def equals(self, other: "TokenRows") -> bool:
+        """Whether it has the same rows of the same tokens. A file has a tied head's beside the embedding's."""
+        return sorted(self.ids) == sorted(other.ids) and torch.equal(self.ascending, other.ascending)
 
 
 def is_setting(value: Any) -> bool:
@@ -108,6 +112,30 @@ def to_hf_modules(
     if found:
         logger.warning(_NOT_IN_VLLM, len(ids), ", ".join(found), max(ids) + 1, max(ids) + 1)
     return found
+
+
+def rows_in_copy(
+    copies: MutableMapping[str, torch.Tensor], name: str, *, ids: Sequence[int], rows: Sequence[int], tied: bool
+) -> TokenRows | None:
+    """Rows of tokens in the whole weight that PEFT stores of a vocabulary that was resized; None without a copy.
+
+    In the copy they give way to the zeros that the model has behind its base's rows, and what it has behind the
+    model's rows is dropped: so it is to be compared with the model's weight. The copy of a tied head goes.
+
+    Args:
+        copies: Name of a weight -> copy.
+        ids: Of the tokens, ascending.
+        rows: How many the base has, and how many the model.
+        tied: The weight is the head's as well.
+    """
+    copy, (of_base, of_model) = copies.get(name), rows
+    if copy is None or len(copy) < of_model:
+        return None
+    for other in [n for n in copies if tied and n != name and torch.equal(copies[n], copy)]:
+        del copies[other]
+    copies[name] = copy[:of_model].clone()
+    copies[name][[token for token in ids if token >= of_base]] = 0
+    return TokenRows([*ids], copy[[*ids]])
 
 
 def module_in(token_rows: Mapping[str, TokenRows], module: str) -> str | None:

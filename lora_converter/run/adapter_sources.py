@@ -4,7 +4,6 @@ AdapterSource    another run's step folder: its adapters alone
 PeftSource       a PEFT directory
 """
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,10 +20,8 @@ from lora_converter.fit import Misfit
 from lora_converter.hf.bridge import from_peft
 from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.naming import StateDictAdapter
-from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
+from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
-from lora_converter.hf.tokenizer_files import tokens_named
-from lora_converter.hf.trained_tokens import module_in
 from lora_converter.offset import undo_plain
 from lora_converter.ranks import agreed, together, union_over_ranks
 from lora_converter.run.base_identity import (
@@ -42,6 +39,7 @@ from lora_converter.run.description import (
 from lora_converter.run.initial_factors import InitialFactors
 from lora_converter.run.model import RunModel
 from lora_converter.run.peft_io import load_peft_everywhere, trained_in
+from lora_converter.run.rows_of_tokens import rows_of_tokens
 from lora_converter.run.steps import Step, adapters_in
 from lora_converter.tensors import copy_full_, full_tensor, reshard
 
@@ -115,7 +113,7 @@ class PeftSource:
         own = {name: getattr(config, name) for name in peft.settings}
         here = replace(description, lora={**description.lora, **own, "train_also": modules_of_keys(trained)})
         check_same_run(self._path, there, here, there=adapted, here=adapted, experts=experts, base=model.base_names())
-        self._rows = self._rows_of_tokens(peft, adapter)
+        self._rows = rows_of_tokens(model, peft, adapter, copies, self._path)
         self._copies = {name: value for name, value in copies.items() if name not in trained}
         self._trained = {name: value for name, value in copies.items() if name in trained}
         misfit = Misfit()
@@ -129,23 +127,6 @@ class PeftSource:
         if self._of_run and self._init:
             undo_plain(self._state_dict)
         self._base_fingerprint = peft.base_fingerprint
-
-    def _rows_of_tokens(self, peft: PeftAdapter, adapter: StateDictAdapter) -> dict[str, torch.Tensor]:
-        """Weights of this rank -> the rows of tokens that the directory has; none for a directory without any."""
-        job, found = self._model.host.job, {}
-        there = sorted({token for each in peft.token_rows.values() for token in each.ids})
-        if there and there != sorted(job.tokens.values()):
-            names = tokens_named(self._path, there)
-            raise ValueError(
-                f"{ADAPTER_OPTION}: {self._path} has trained rows of the tokens {there}, and of "
-                f"{sorted(job.tokens.values())} they train here. Set lora.new_tokens = {json.dumps(names)}."
-            )
-        for weight, module in self._model.token_modules().items() if there else ():
-            (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
-            name = module_in(peft.token_rows, key.removesuffix(".weight"))
-            if name:  # else they begin as without an adapter
-                found[weight] = peft.token_rows[name].ascending
-        return found
 
     def load(self) -> None:
         """Copies each rank's part, once the base is known to be the adapter's."""
@@ -167,7 +148,7 @@ class PeftSource:
             reshard(part)
         for weight, module in self._model.token_modules().items():
             if weight in self._rows:
-                module.set_whole_rows(self._rows[weight])
+                module.set_whole_rows(self._rows[weight].rows, self._rows[weight].ids)
 
 
 def _copies_of_base(

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from chat_job import chat_options
-from harness import Run, adapter_state, build, train
+from harness import ROOT, Run, adapter_state, build, train
 from hf_models import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_new_tokens import ROWS
 from test_new_tokens_peft import logits, made_by_peft
 from tiny_models import get_train_spec
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora
@@ -80,6 +81,8 @@ def test_a_directory_with_rows_is_started_from_with_its_tokens(on: list[str], tm
     start = f"--lora.initial_adapter_path={tmp_path}/first/checkpoint/step-1"
     message = refused(tmp_path / "second", *on, start)
     assert 'Set lora.new_tokens = ["<a>", "<b>"].' in message
+    message = refused(tmp_path / "swapped", *on, start, "--lora.new_tokens=<b>,<a>")  # the same ids, other tokens
+    assert 'Set lora.new_tokens = ["<a>", "<b>"].' in message
     run = build(tmp_path / "third", *on, start, NEW)
     run.trainer.checkpointer.load()
     assert rows_train(run)
@@ -97,6 +100,16 @@ def test_a_live_model_is_given_the_tokens_of_the_adapter(tmp_path: Path) -> None
     apply_lora(model, LoRAConfig(rank=3, alpha=6, target_modules=["q_proj"]), tokens=[7, 320, 321])
     into_model(load_peft(tmp_path / "a"), model)
     assert adapter_parameters(model)["lm_head.lora_token_rows"].abs().min() > 0
+
+
+def test_a_live_model_is_given_ids_for_text() -> None:
+    model, tokenizer = tiny_llama(), Tokenizer.from_file(f"{ROOT}/tests/assets/tokenizer/tokenizer.json")
+    tokenizer.add_tokens(["<a>"])
+    config = LoRAConfig(target_modules=["q_proj"], new_tokens=["<a>"])
+    with pytest.raises(ValueError, match=r"no tokenizer to know their ids by\. Give it their ids: tokens = "):
+        apply_lora(model, config)
+    apply_lora(model, config, tokens=[tokenizer.token_to_id("<a>")])
+    assert adapter_parameters(model)["lm_head.lora_token_rows"].shape == (1, 64)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
