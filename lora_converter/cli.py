@@ -113,7 +113,11 @@ def _merge(options: argparse.Namespace) -> str:
 
 def _export(options: argparse.Namespace) -> str:
     adapter = _read_step(options.checkpoint, options.custom_import, base=options.base)
-    save_peft(adapter, options.output, dtype=DTYPES[options.dtype])
+    from lora_converter.run.export import tokenizer_of  # torchtitan's imports, as above
+
+    save_peft(
+        adapter, options.output, dtype=DTYPES[options.dtype], beside=tokenizer_of(options.checkpoint, options.base)
+    )
     return f"Wrote {len(adapter.factors)} adapted modules as a PEFT directory: {options.output}"
 
 

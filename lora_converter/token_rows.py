@@ -30,8 +30,6 @@ from lora_converter.vocabulary import first_rows
 ROWS = "lora_token_rows"
 """The parameter, under every kind."""
 
-_ROWS_AT_A_TIME = 2**14
-
 
 class TokenRows(AdaptedModule):
     """What an embedding's or a head's class gains. Made by `add_token_rows` alone.
@@ -73,7 +71,7 @@ class TokenRows(AdaptedModule):
         """Pᵀ d, some rows at a time."""
         rows = full_tensor(self.lora_token_rows.detach()).float()
         place = {token: k for k, token in enumerate(self.lora_token_ids)}
-        for indices in local_indices(self.weight, 0).split(_ROWS_AT_A_TIME):
+        for indices in local_indices(self.weight, 0).split(2**14):
             update = rows.new_zeros(len(indices), rows.shape[1])
             here = [(k, place[token]) for k, token in enumerate(indices.tolist()) if token in place]
             if here:
@@ -123,9 +121,8 @@ class TokenRows(AdaptedModule):
     def columns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the logits that this rank has: which are those of tokens, (tokens), and d of these, (tokens, width)."""
         d, first = local_part(self.lora_token_rows), self.first_row()
-        count = len(local_part(self.weight))
         # A slice, since ids ascend and shards are contiguous. One without a token still has a gradient, of zeros.
-        start, stop = (bisect_left(self.lora_token_ids, row) for row in (first, first + count))
+        start, stop = (bisect_left(self.lora_token_ids, row) for row in (first, first + len(local_part(self.weight))))
         return self.token_ids(d.device)[start:stop] - first, d[start:stop]
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ def write_tokenizer(source: str | Path, tokens: Mapping[str, int], target: Path)
     """Copies a tokenizer, and adds tokens to it.
 
     Args:
-        tokens: Token -> id, in the order of their ids.
+        tokens: Token -> id.
         target: A folder that is there.
 
     Raises:
@@ -31,13 +31,13 @@ def write_tokenizer(source: str | Path, tokens: Mapping[str, int], target: Path)
         return
     from lora_converter.chat.folder import add_tokens, open_whole  # tokenizers is not needed elsewhere here
 
-    copy_tokenizer(source, target)
     tokenizer = open_whole(source)
-    add_tokens(tokenizer, list(tokens))
+    add_tokens(tokenizer, sorted(tokens, key=tokens.__getitem__))
     if other := {
         token: tokenizer.token_to_id(token) for token, i in tokens.items() if tokenizer.token_to_id(token) != i
     }:
         raise ValueError(f"{source} gives other ids to tokens than the training had: {other}, {dict(tokens)} there.")
+    copy_tokenizer(source, target)
     tokenizer.save(str(target / _TOKENIZER))
     if (target / _CONFIG).is_file() and (config := read_json(target / _CONFIG)).get("added_tokens_decoder"):
         added = tokenizer.get_added_tokens_decoder()

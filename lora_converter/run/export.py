@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from lora_converter.hf.packed_base import packed_base
 from lora_converter.hf.peft_directory import is_peft_directory, save_peft
 from lora_converter.hf.tokenizer_files import write_tokenizer
 from lora_converter.ranks import is_first_rank
+from lora_converter.run.description import Description
 from lora_converter.run.initial_factors import TWICE_THE_RANK
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import discard
@@ -50,3 +52,22 @@ def write_peft(model: RunModel, path: str) -> None:
     logger.info(f"LoRA: wrote {len(configs)} adapted modules as a PEFT directory to {path}.")
     if job.config.init:
         logger.info(TWICE_THE_RANK.format(rank=max(a.shape[0] for a, _ in peft.factors.values())))
+
+
+def tokenizer_of(path: str | Path, base: str = "") -> Callable[[Path], None]:
+    """What writes the tokenizer of a step with new tokens into a folder: that of its base, with the tokens.
+
+    Args:
+        base: The run's own if left out.
+    """
+
+    def write(target: Path) -> None:
+        described = Description.read(path)
+        if described is None or not described.tokens:
+            return
+        try:
+            write_tokenizer(base or described.base, described.tokens, target)
+        except ValueError as e:  # the run's was another folder's
+            logger.warning("LoRA: no tokenizer with the new tokens is written: %s", e)
+
+    return write

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -202,7 +202,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     state_dict = {name: torch.empty(param.shape) for name, param in params.items()}
     load_dcp(state_dict, path, metadata, no_dist=True)
     for name, module in token_rows(model).items():
-        state_dict[name] += _rows_of_base(base or described.base, adapter, module)
+        state_dict[name] += _rows_of_base(base or described.base or f"{path}", adapter, module)
     state_dict |= {other: state_dict[n] for n, others in tied_to_trained(model).items() for other in others}
     changes = {
         f"{m.lora_fqn}.weight": state_dict.pop(f"{m.lora_fqn}.{CHANGE}") for m in adapted if isinstance(m, DoRALinear)
@@ -234,6 +234,7 @@ def _rows_of_base(base: str, adapter: StateDictAdapter, module: TokenRows) -> to
     if not Path(base, METADATA_FILE).exists():
         (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
         return stored_rows(base, key, ids)
-    whole = torch.zeros(module.lora_base_rows, module.weight.shape[1])
-    load_dcp({weight: whole}, base, read_metadata(base), no_dist=True)
+    metadata: Any = read_metadata(base)
+    whole = torch.zeros(metadata.state_dict_metadata[weight].size)  # a random base is a step's own, with more rows
+    load_dcp({weight: whole}, base, metadata, no_dist=True)
     return torch.stack([whole[i] if i < len(whole) else torch.zeros(whole.shape[1]) for i in ids])

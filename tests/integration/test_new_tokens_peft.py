@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_models import tiny_llama, tiny_qwen3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_tied_heads import qwen3_args  # noqa: F401  with the tied flavor
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_converter import LoRAConfig, apply_lora
@@ -97,6 +99,33 @@ def test_a_step_folder_is_exported_with_the_rows_of_its_base(job, tmp_path: Path
     torch.testing.assert_close(
         logits(PeftModel.from_pretrained(model, tmp_path / "out")), of_run(run), rtol=1e-5, atol=1e-4
     )
+
+
+def test_an_exported_step_has_the_tokenizer_and_its_merge_knows_the_tokens(
+    job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, base, _ = job
+    train(tmp_path / "run", *options, NEW)
+    step = f"{tmp_path}/run/checkpoint/step-3"
+    assert main(["export", "--checkpoint", step, "--output", f"{tmp_path}/a"]) == 0
+    assert main(["merge", "--base", f"{base}", "--adapter", f"{tmp_path}/a", "--output", f"{tmp_path}/m"]) == 0
+    for where in ("a", "m"):
+        assert AutoTokenizer.from_pretrained(tmp_path / where)("<new 63>$").input_ids[-2:] == [321, 5]
+    other = shutil.copytree(base, tmp_path / "other")
+    tokenizer = Tokenizer.from_file(f"{base}/tokenizer.json")
+    tokenizer.add_tokens(["<another>"])
+    tokenizer.save(f"{other}/tokenizer.json")
+    assert main(["export", "--checkpoint", step, "--base", f"{other}", "--output", f"{tmp_path}/b"]) == 0
+    assert "no tokenizer with the new tokens is written" in caplog.text
+    assert not (tmp_path / "b" / "tokenizer.json").exists() and (tmp_path / "b" / "adapter_config.json").exists()
+
+
+def test_a_step_with_a_random_base_is_exported_with_the_rows_that_it_stores(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "--checkpoint.initial_load_path=", NEW)
+    step = f"{tmp_path}/run/checkpoint/step-3"
+    assert main(["export", "--checkpoint", step, "--output", f"{tmp_path}/a"]) == 0
+    rows = load_peft(tmp_path / "a").token_rows["lm_head"].rows
+    torch.testing.assert_close(rows, run.trainer.model_parts[0].output.whole_rows(), rtol=0, atol=1e-6)
 
 
 def made_by_peft(
