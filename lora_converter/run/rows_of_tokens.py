@@ -4,6 +4,7 @@ import json
 
 import torch
 
+from lora_converter.hf.merge_keys import EMBEDDINGS, HEADS, last_part
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.hf.tokenizer_files import tokens_named
@@ -53,6 +54,9 @@ def rows_of_tokens(
 def _check_tokens(here: dict[str, int], peft: PeftAdapter, path: str) -> None:
     """Refuses a directory with rows of other tokens: other ids, or others by the names in its tokenizer."""
     there = sorted({token for rows in peft.token_rows.values() for token in rows.ids})
+    in_full = {last_part(module) for module in peft.modules_to_save} & (HEADS | EMBEDDINGS)
+    if not there and in_full:  # all rows: those of the tokens here must be of the same tokens
+        there = sorted(here.values())
     named = tokens_named(path, there)
     if there and (there != sorted(here.values()) or any(here.get(name) != token for token, name in named.items())):
         names = [named.get(token, f"<token {token}>") for token in there]

@@ -87,3 +87,15 @@ def test_a_live_model_is_the_one_that_peft_makes(tied: bool, tmp_path: Path) -> 
     save_peft(from_model(model), tmp_path / "b")
     back = PeftModel.from_pretrained(resized(make()), tmp_path / "b")
     torch.testing.assert_close(logits(back), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_directory_of_the_same_ids_for_other_tokens_is_refused(job, tmp_path: Path) -> None:  # noqa: F811
+    """All rows are in it, and only its tokenizer tells which tokens' they are."""
+    options, _, tied = job
+    train(tmp_path / "run", *options, NEW, in_full(tied), *END, "--training.steps=1")
+    start = f"--lora.initial_adapter_path={tmp_path}/run/checkpoint/step-1"
+    swapped = NEW.replace("<new 62>,<new 63>", "<new 63>,<new 62>")
+    other = build(tmp_path / "other", *options, swapped, in_full(tied), start)
+    with pytest.raises(ValueError, match=r'Set lora\.new_tokens = .*"<new 62>", "<new 63>"\]'):
+        other.trainer.checkpointer.load()
+    other.trainer.close()
