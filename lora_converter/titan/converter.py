@@ -50,7 +50,7 @@ from lora_converter.titan.job import NAME, job_of
 from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
-from lora_converter.titan.new_tokens import make_room, trained_tokens
+from lora_converter.titan.new_tokens import grow_host, make_room, rows_of_base, trained_tokens
 from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
@@ -117,6 +117,13 @@ class LoRAConverter:
     def _with_tokens(self, job: Job, model: nn.Module) -> Job:
         """The job, with the tokens whose rows train, for which the model has room then."""
         rows = getattr(getattr(model, "tok_embeddings", None), "num_embeddings", 0)
+        stored = agreed(
+            rows_of_base(job.base, self._state_dict_adapter(model), model), "The rows of the base's embedding"
+        )
+        if stored > rows:
+            logger.info(f"LoRA: the base has {stored:,} rows of tokens, the flavor {rows:,}; the model has the base's.")
+            grow_host(model, stored)
+            rows = stored
         tokens = together(lambda: trained_tokens(self.job_config, rows)) if rows or job.config.new_tokens else {}
         if not tokens:
             return job

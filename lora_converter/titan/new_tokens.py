@@ -2,7 +2,8 @@
 
 A flavor says how many rows its model has, and the tokenizer how many tokens there are; torchtitan compares the two
 nowhere. New tokens come behind those of the tokenizer, where a base that is padded has rows for them already. Tokens
-whose ids are not below the flavor's rows get rows of their own, also without `new_tokens`.
+whose ids are not below the flavor's rows get rows of their own, also without `new_tokens`. A base that has more rows
+than the flavor, one that such a training was merged into say, gives the model as many.
 """
 
 import dataclasses
@@ -10,12 +11,16 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.nn as nn
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols import train_spec
 from torchtitan.tools.logging import logger
 
 from lora_converter.chat.folder import add_tokens
+from lora_converter.dcp.reader import read_metadata
+from lora_converter.hf.folder import open_model
+from lora_converter.run.job import Base
 from lora_converter.titan.job import NAME
 from lora_converter.vocabulary import grow, vocabularies
 
@@ -79,6 +84,37 @@ def trained_tokens(job_config: Any, rows: int) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda entry: entry[1]))
 
 
+def rows_of_base(base: Base | None, adapter: Any, model: nn.Module) -> int:
+    """How many rows a job's base has for tokens; as many as its model has where that cannot be told here.
+
+    Args:
+        adapter: The model's StateDictAdapter, if it has one.
+    """
+    embedding: Any = getattr(model, "tok_embeddings", None)
+    if embedding is None:
+        return 0
+    name, rows = "tok_embeddings.weight", int(embedding.num_embeddings)
+    try:
+        if base is not None and base.format == "dcp":
+            stored: Any = read_metadata(base.path).state_dict_metadata.get(name)
+            return int(stored.size[0]) if stored else rows
+        if base is not None and adapter is not None:
+            (key,) = adapter.to_hf({name: torch.empty(embedding.weight.shape, device="meta")})
+            weights = open_model(base.path).weights
+            return int(weights[key][1].shape[0]) if key in weights else rows
+    except (ValueError, OSError):  # a folder that is damaged, or none of the format that is said: its own check tells
+        pass
+    return rows
+
+
+def grow_host(model: nn.Module, rows: int) -> None:
+    """Gives a model of torchtitan's so many rows, on the meta device, and says so where torchtitan asks."""
+    grow(model, rows)
+    host: Any = model
+    host.vocab_size = rows
+    host.model_args = dataclasses.replace(host.model_args, vocab_size=rows)
+
+
 def make_room(model: nn.Module, tokens: dict[str, int], parallel_dims: ParallelDims) -> int:
     """Gives a model rows for tokens, on the meta device.
 
@@ -98,10 +134,7 @@ def make_room(model: nn.Module, tokens: dict[str, int], parallel_dims: ParallelD
     rows = min(cast(Any, module).weight.shape[0] for module in modules.values())
     wanted = max(rows, max(tokens.values()) + 1)
     if wanted > rows:
-        grow(model, wanted)
-        host: Any = model
-        host.vocab_size = wanted
-        host.model_args = dataclasses.replace(host.model_args, vocab_size=wanted)
+        grow_host(model, wanted)
     there = sum(index < rows for index in tokens.values())
     logger.info(
         f"LoRA: rows of {len(tokens)} tokens train, {there} of them of the base's {rows:,} rows and "

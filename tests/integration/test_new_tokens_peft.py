@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn as nn
-from harness import ROOT, Run, build, train
+from harness import ROOT, Run, adapter_state, build, train
 from hf_models import tiny_llama, tiny_qwen3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -81,6 +81,12 @@ def test_a_run_is_read_by_peft_and_merged_and_goes_on(job, tmp_path: Path, caplo
         tokenizer = AutoTokenizer.from_pretrained(folder / where)
         assert len(tokenizer) == 322 and tokenizer.convert_tokens_to_ids(["<new 0>", "<new 63>"]) == [258, 321]
         assert tokenizer.decode(tokenizer("a<new 63>").input_ids, skip_special_tokens=True).endswith("a<new 63>")
+    new_base = [f"--model.hf_assets_path={folder}/merged-3", *on(folder / "merged-3")]
+    on_merged = build(tmp_path / "next", *options, *new_base, "--lora.target_modules=wq")
+    on_merged.trainer.checkpointer.load()  # a base with more rows than the flavor, all of them frozen
+    torch.testing.assert_close(of_run(on_merged), expected, rtol=1e-5, atol=1e-4)
+    assert not [name for name in adapter_state(on_merged) if "lora_token_rows" in name]
+    on_merged.trainer.close()
     again = build(tmp_path / "again", *options, NEW, f"--lora.initial_adapter_path={folder}/step-3")
     again.trainer.checkpointer.load()
     torch.testing.assert_close(of_run(again), expected, rtol=1e-5, atol=1e-5)
