@@ -14,6 +14,7 @@ from lora_converter.hf.merge_plan import plan_merge
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_directory import PeftAdapter
 from lora_converter.hf.quantized_schemes import NF4_PARTS
+from lora_converter.hf.saved_modules import is_saved
 from lora_converter.inspect_experts import (
     beside_error,
     count_modules,
@@ -53,10 +54,11 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, ba
         if base_as in BASES:
             weights.pack(base_as, adapter.packed)
         adapter = fit_experts(adapter, weights.shapes)
-    parameters = sum(a.numel() + b.numel() for a, b in adapter.factors.values())
-    size = sum(a.nbytes + b.nbytes for a, b in adapter.factors.values())
-    parameters += sum(own.numel() for own in adapter.magnitudes.values())
-    size += sum(own.nbytes for own in adapter.magnitudes.values())
+    in_full = {key: w for key, w in adapter.base_weights.items() if is_saved(key, adapter.modules_to_save)}
+    rows = {module: own.rows for module, own in adapter.token_rows.items()}
+    tensors = [factor for pair in adapter.factors.values() for factor in pair]
+    tensors += [*adapter.magnitudes.values(), *in_full.values(), *rows.values()]
+    parameters, size = sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
     ranks = span(adapter.rank_of(module) for module in adapter.factors)
     alphas = span(adapter.alpha_of(module) for module in adapter.factors)
     scalings = span(adapter.scaling_of(module) for module in adapter.factors)
@@ -83,6 +85,8 @@ def describe_adapter(adapter: PeftAdapter, *, base: str | Path | None = None, ba
         describe_product(name, experts, weight_norm=norm_of, packing_error=error_of)
         for name, experts in products.items()
     ]
+    lines += [f"{key}  {_shape(weight)}, trained in full{_flag([weight])}" for key, weight in in_full.items()]
+    lines += [f"{module}  {_shape(own)}, rows of single tokens{_flag([own])}" for module, own in rows.items()]
     return "\n".join(lines)
 
 
@@ -110,7 +114,7 @@ def describe_model(folder: str | Path, *, base: str | Path | None = None) -> str
         if of_base and update is not None and (flag or update.any()):
             lines.append(f"{key}  {_update(update.shape, float(update.norm()), of_base.norm(key))}{flag}")
         elif flag:
-            lines.append(f"{key}  {' x '.join(map(str, weight.shape))}{flag}")
+            lines.append(f"{key}  {_shape(weight)}{flag}")
         equal += update is not None and not update.any()
     settings = "rank {rank}, alpha {alpha:g}, scaling {scaling:g}\ntargets: {targets}\nadapter: {adapter}\nbase: {base}"
     head = [
@@ -196,6 +200,10 @@ class _Weights:
 def _update(shape: Sequence[int], norm: float, weight: float | None) -> str:
     beside = "" if weight is None else f"  {percent(norm, weight):.3g} % of |weight|"
     return f"{' x '.join(map(str, shape))}  |update| {norm:.3e}{beside}"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def _flag(tensors: Iterable[torch.Tensor]) -> str:

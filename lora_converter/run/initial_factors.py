@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from lora_converter.offset import OffsetLinear, initial_factors
-from lora_converter.ranks import gather_all
+from lora_converter.ranks import gather_all, together
 from lora_converter.run.description import MODEL
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
-from lora_converter.tensors import reshard
+from lora_converter.tensors import is_finite, local_part, reshard
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +56,17 @@ class InitialFactors:
         for part in self._model.parts:
             reshard(part)
         modules = [module for module in self._model.adapted if isinstance(module, OffsetLinear)]
+        together(lambda: self._check_finite(modules))
         ranks, group = _sharers([module.lora_fqn for module in modules])
         for first in range(0, len(modules), len(ranks)):
             _set_factors(modules[first : first + len(ranks)], ranks, group)
         init, seconds = self._model.host.job.config.init, time.perf_counter() - start
         logger.info(f"LoRA: the factors begin at {len(modules)} weights here ({init}), computed in {seconds:.1f} s.")
+
+    def _check_finite(self, modules: list[OffsetLinear]) -> None:
+        if wrong := [module.lora_fqn for module in modules if not is_finite(local_part(module.weight).detach())]:
+            init = self._model.host.job.config.init
+            raise ValueError(f"lora.init = {init!r}: the base's weights of {', '.join(wrong)} hold nan or inf.")
 
 
 def _sharers(fqns: list[str]) -> tuple[list[int], dist.ProcessGroup | None]:

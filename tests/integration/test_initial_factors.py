@@ -1,6 +1,7 @@
 """Jobs whose factors begin at the base: what their steps hold, how they go on, what they export. One rank."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from harness import adapter_state, build, finish, train
 from hf_models import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_checkpoint import failing
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -152,3 +154,13 @@ def test_a_run_that_is_over_is_known_to_be(hf_base: Path, tmp_path: Path, caplog
         want, found = (each.trainer.model_parts[0](first.batches[0][0]) for each in (first, again))
     torch.testing.assert_close(found, want, atol=2e-5, rtol=1e-5)
     again.trainer.close()
+
+
+def test_a_base_that_is_not_finite_has_no_factors_and_is_told_by_name(hf_base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(hf_base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"][3, 5] = torch.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    run = build(tmp_path / "run", *options(base))
+    with pytest.raises(ValueError, match=r"the base's weights of layers\.1\.attention\.wo hold nan"):
+        run.trainer.checkpointer.load()

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_converter import LoRAConfig, apply_lora
 from lora_converter.cli import main
+from lora_converter.inspect import describe_adapter
 from lora_converter.peft import from_model, into_model, load_peft, save_peft
 
 FILL = [f"<new {k}>" for k in range(64)]
@@ -68,6 +69,7 @@ def test_a_run_is_read_by_peft_and_merged_and_goes_on(job, tmp_path: Path, caplo
     assert (
         list(config["trainable_token_indices"]) == ["model.embed_tokens"] if tied else ["lm_head", "model.embed_tokens"]
     )
+    assert "model.embed_tokens  65 x 64, rows of single tokens" in describe_adapter(load_peft(folder / "step-3"))
     peft = PeftModel.from_pretrained(
         resized(type(tiny_qwen3(tied=True) if tied else tiny_llama()).from_pretrained(base)), folder / "step-3"
     )

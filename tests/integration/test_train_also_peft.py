@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_converter import LoRAConfig, adapter_parameters, apply_lora, merge_and_unload, unload_adapter
 from lora_converter.cli import main
+from lora_converter.inspect import describe_adapter
 from lora_converter.peft import from_model, into_model, load_peft, save_peft
 from lora_converter.sync import AdapterReceiver, IncrementReceiver, pack
 
@@ -43,6 +44,7 @@ def test_a_run_is_read_by_peft_and_merged_and_goes_on(hf_base: Path, tmp_path: P
     expected, folder = of_run(run), tmp_path / "run" / "checkpoint"
     assert "vLLM 0.33 takes no such adapter" in caplog.text
     assert load_peft(folder / "step-3").modules_to_save == SAVED
+    assert "model.norm.weight  64, trained in full" in describe_adapter(load_peft(folder / "step-3"))
     peft = PeftModel.from_pretrained(tiny_llama(), folder / "step-3")
     torch.testing.assert_close(logits(peft), expected, rtol=1e-5, atol=1e-4)
     assert (logits(tiny_llama()) - expected).abs().max() > 1e-2
