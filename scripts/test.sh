@@ -7,11 +7,11 @@ cd "$(dirname "$0")/.."
 install_into_venv '[dev]'
 
 side_by_side() { # Two processes, a core each, since launches leave cores idle; then the tests that measure times.
-    local failed=0
+    local failed=0 chat=(tests/integration/test_chat*.py)
     log=$(mktemp)
-    OMP_NUM_THREADS=1 python -m pytest -m "not alone" --ignore tests/integration > "$log" 2>&1 &
+    OMP_NUM_THREADS=1 python -m pytest -m "not alone" tests/distributed tests/numerics tests/unit "${chat[@]}" > "$log" 2>&1 &
     trap 'jobs -pr | xargs -r kill; rm -f "$log"' EXIT
-    OMP_NUM_THREADS=1 python -m pytest -m "not alone" tests/integration || failed=1
+    OMP_NUM_THREADS=1 python -m pytest -m "not alone" tests/integration --ignore-glob "*/test_chat*" || failed=1
     wait $! || failed=1
     cat "$log"
     python -m pytest -m alone || failed=1

@@ -298,6 +298,7 @@ VARIANTS = {
     "PiSSA, CP2 x TP2": row(4, CP2, TP2, job=PISSA),
     "PiSSA, PP2 x TP2 x FSDP2": row(8, PP2, TP2, FSDP2, job=PISSA),
     "PiSSA, PP2 x CP2 x FSDP2": row(8, PP2, CP2, FSDP2, job=PISSA),
+    "PiSSA, CPU offload, FSDP2": row(2, FSDP2, ["--training.enable_cpu_offload"], job=PISSA),
     "PiSSA and full AC, TP2": row(2, TP2, FULL_AC, job=PISSA),
     "OLoRA and the output head, TP2": row(2, TP2, job=("--lora.init=olora", *HEAD_TOO)),
     "experts and full AC, EP2": row(2, FSDP2, EP2, FULL_AC, model="deepseek_v3", job=EXPERTS_TOO),
@@ -309,6 +310,7 @@ COMPILED = {
     "compile and full AC, FSDP2": row(2, FSDP2, COMPILE, FULL_AC),
     "compile, TP2": row(2, TP2, COMPILE),
     "compile and DoRA, TP2": row(2, TP2, COMPILE, job=DORA),
+    "compile and PiSSA, TP2": row(2, TP2, COMPILE, job=PISSA),
 }
 
 SIX = ("FSDP2", "TP2", "PP2 1F1B", "CP2", "MoE, EP2", "PP2 x TP2 x FSDP2")
@@ -326,7 +328,7 @@ BY_HAND = (
     "experts of deepseek_v3, EP4",
     *("tied head, TP2 x FSDP2", "tied head, HSDP 2x2"),
     *(f"PiSSA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
-    *("PiSSA, PP2 x CP2 x FSDP2", "PiSSA and full AC, TP2"),
+    *("PiSSA, PP2 x CP2 x FSDP2", "PiSSA and full AC, TP2", "PiSSA, CPU offload, FSDP2", "compile and PiSSA, TP2"),
     *(f"DoRA, {layout}" for layout in ("DDP2", "PP2 interleaved", "HSDP 2x2", "TP2 x FSDP2", "CP2 x TP2")),
     *("DoRA, PP2 x CP2 x FSDP2", "DoRA, CPU offload, FSDP2", "DoRA and full AC, TP2"),
     *("DoRA and selective AC by op, FSDP2", "compile and DoRA, TP2"),
