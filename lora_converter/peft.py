@@ -18,7 +18,7 @@ from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.hf.aliases import Aliases
 from lora_converter.hf.changed_base import check_way_round
 from lora_converter.hf.expert_patterns import linears_like_experts
-from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
+from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters, magnitude_changes
 from lora_converter.hf.packed_base import PackedBase
 from lora_converter.hf.peft_adapter import PeftAdapter, base_weights_in_training
 from lora_converter.hf.peft_config import CONFIG_FILE, PEFT_VERSION, WEIGHTS_FILE
@@ -32,7 +32,6 @@ from lora_converter.offset import make_plain
 from lora_converter.packed_linear import PackedLinear
 from lora_converter.state_dict import adapter_configs, adapter_state_dict, load_adapter_state_dict
 from lora_converter.tensors import full_tensor
-from lora_converter.token_rows import TokenRowsEmbedding
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 __all__ = [
@@ -138,11 +137,9 @@ def _magnitude_changes(adapter: PeftAdapter, model: nn.Module) -> dict[str, torc
     if bool(adapter.magnitudes) != bool(with_magnitude):
         there, here = bool(adapter.magnitudes), bool(with_magnitude)
         raise ValueError(f"The adapter has use_dora = {there}, the model {here}: give apply_lora use_dora = {there}.")
-    found: dict[str, torch.Tensor] = {}
-    for fqn, own in adapter.magnitudes.items():
-        norms = with_magnitude[fqn].row_norms() if fqn in with_magnitude else torch.zeros(())
-        found[f"{fqn}.{CHANGE}"] = own.to(norms.device, torch.float32) - norms
-    return found
+    unknown = {f"{fqn}.{CHANGE}": own for fqn, own in adapter.magnitudes.items() if fqn not in with_magnitude}
+    known = [with_magnitude[fqn] for fqn in adapter.magnitudes if fqn in with_magnitude]
+    return unknown | magnitude_changes(known, adapter.magnitudes)  # what is unknown is refused by name
 
 
 def _token_rows(adapter: PeftAdapter, model: nn.Module, copies: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -157,10 +154,7 @@ def _token_rows(adapter: PeftAdapter, model: nn.Module, copies: dict[str, torch.
     found: dict[str, torch.Tensor] = {}
     used: set[str] = set()
     for name, module in token_rows(model).items():
-        ids = module.lora_token_ids
-        weight, sizes = f"{module.lora_fqn}.weight", [module.lora_base_rows, module.weight.shape[0]]
-        tied = isinstance(module, TokenRowsEmbedding) and bool(module.lora_tied)
-        copied = rows_in_copy(copies, weight, ids=ids, rows=sizes, tied=tied)
+        ids, copied = module.lora_token_ids, rows_in_copy(copies, module)
         file = module_in(adapter.token_rows, module.lora_fqn)
         rows = adapter.token_rows[file] if file else copied
         there = rows.ids if rows else []

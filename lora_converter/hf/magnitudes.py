@@ -1,14 +1,14 @@
 """DoRA's magnitudes in an adapter from a file or for one: whether they fit, and what they make of a weight's rows."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from lora_converter.dora import norms_of
+from lora_converter.dora import CHANGE, DoRALinear, norms_of
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.peft_adapter import PeftAdapter
 from lora_converter.names import without_wrappers
@@ -109,6 +109,21 @@ def with_norms_of(adapter: PeftAdapter, base: str, what: str) -> PeftAdapter:
         with safe_open(weights[key][0], framework="pt") as file:
             magnitudes[module] = file.get_tensor(key).float().norm(dim=1) + change.float()
     return replace(adapter, magnitudes=magnitudes)
+
+
+def magnitude_changes(modules: Iterable[DoRALinear], magnitudes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name of a parameter -> what is added to the norms of a module's rows for it to have its magnitudes, fp32.
+
+    A collective where they are sharded.
+
+    Args:
+        magnitudes: FQN -> m, (out_features), of every module.
+    """
+    found: dict[str, Tensor] = {}
+    for module in modules:
+        norms = module.row_norms()
+        found[f"{module.lora_fqn}.{CHANGE}"] = magnitudes[module.lora_fqn].to(norms.device, torch.float32) - norms
+    return found
 
 
 def row_scales(pieces: Iterator[Tensor], magnitude: Tensor, *, transposed: bool) -> Tensor:

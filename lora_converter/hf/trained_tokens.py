@@ -9,7 +9,7 @@ name, and a list for the embedding's tokens alone. Where a base ties its head, t
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from safetensors import safe_open
 
 from lora_converter.hf.folder import open_model
 from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.token_rows import TokenRows as VocabularyRows
+from lora_converter.token_rows import TokenRowsEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +116,7 @@ def to_hf_modules(
     return found
 
 
-def rows_in_copy(
-    copies: MutableMapping[str, torch.Tensor], name: str, *, ids: Sequence[int], rows: Sequence[int], tied: bool
-) -> TokenRows | None:
+def rows_in_copy(copies: MutableMapping[str, torch.Tensor], module: VocabularyRows) -> TokenRows | None:
     """Rows of tokens in the whole weight that PEFT stores of a vocabulary that was resized; None without a copy.
 
     In the copy they give way to the zeros that the model has behind its base's rows, and what it has behind the
@@ -124,17 +124,17 @@ def rows_in_copy(
 
     Args:
         copies: Name of a weight -> copy.
-        ids: Of the tokens, ascending.
-        rows: How many the base has, and how many the model.
-        tied: The weight is the head's as well.
+        module: The model's, whose tokens' rows train.
     """
-    copy, (of_base, of_model) = copies.get(name), rows
+    name, ids, of_model = f"{module.lora_fqn}.weight", module.lora_token_ids, module.weight.shape[0]
+    tied = isinstance(module, TokenRowsEmbedding) and bool(module.lora_tied)
+    copy = copies.get(name)
     if copy is None or len(copy) < of_model:
         return None
     for other in [n for n in copies if tied and n != name and torch.equal(copies[n], copy)]:
         del copies[other]
     copies[name] = copy[:of_model].clone()
-    copies[name][[token for token in ids if token >= of_base]] = 0
+    copies[name][[token for token in ids if token >= module.lora_base_rows]] = 0
     return TokenRows([*ids], copy[[*ids]])
 
 

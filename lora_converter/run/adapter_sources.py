@@ -15,10 +15,11 @@ from lora_converter.adapted import check_peft_forms
 from lora_converter.config import LoRAConfig
 from lora_converter.dcp.folder import check_fits, stored_in
 from lora_converter.dcp.reader import load as load_dcp
-from lora_converter.dora import CHANGE, DoRALinear
+from lora_converter.dora import DoRALinear
 from lora_converter.fit import Misfit
 from lora_converter.hf.bridge import from_peft
 from lora_converter.hf.expert_bridge import host_experts
+from lora_converter.hf.magnitudes import magnitude_changes
 from lora_converter.hf.naming import StateDictAdapter
 from lora_converter.hf.peft_adapter import base_weights_in_training
 from lora_converter.hf.saved_modules import is_same_weight, modules_of_keys
@@ -135,11 +136,8 @@ class PeftSource:
         logger.info(f"LoRA: starting from the PEFT adapter in {self._path}.")
         if self._init and not self._of_run:  # what its factors began at is the base's, as PEFT computes it again too
             InitialFactors(self._model).load()
-        for module in self._model.adapted:
-            if isinstance(module, DoRALinear):
-                norms = module.row_norms()
-                change = self._magnitudes[module.lora_fqn].to(norms.device) - norms
-                self._state_dict[f"{module.lora_fqn}.{CHANGE}"] = change
+        with_magnitude = [module for module in self._model.adapted if isinstance(module, DoRALinear)]
+        self._state_dict |= magnitude_changes(with_magnitude, self._magnitudes)
         for name, param in self._model.adapters.state_dict().items():
             value = self._state_dict.get(name, self._trained.get(name))
             if value is not None:  # else of train_also or new_tokens, and the base's is there

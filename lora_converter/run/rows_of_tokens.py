@@ -11,7 +11,6 @@ from lora_converter.hf.tokenizer_files import tokens_named
 from lora_converter.hf.trained_tokens import TokenRows, module_in, rows_in_copy
 from lora_converter.ranks import union_over_ranks
 from lora_converter.run.model import RunModel
-from lora_converter.token_rows import TokenRowsEmbedding
 
 
 def rows_of_tokens(
@@ -33,9 +32,7 @@ def rows_of_tokens(
     found, used = {}, []
     for weight, module in model.token_modules().items():
         (key,) = adapter.to_hf({weight: torch.empty(module.weight.shape, device="meta")})
-        sizes = [module.lora_base_rows, module.weight.shape[0]]
-        tied = isinstance(module, TokenRowsEmbedding) and bool(module.lora_tied)
-        copied = rows_in_copy(copies, weight, ids=module.lora_token_ids, rows=sizes, tied=tied)
+        copied = rows_in_copy(copies, module)
         name = module_in(peft.token_rows, key.removesuffix(".weight"))
         if name:
             used.append(name)
