@@ -164,7 +164,7 @@ def _chat_data(options: argparse.Namespace) -> str:
 def _read_step(path: str, custom_import: str, *, base: str = "") -> PeftAdapter:
     if custom_import:
         sys.path.insert(0, "")  # modules of the folder that the user stands in, as under torchrun -m
-    from lora_converter.titan import cpu
+    from lora_converter.titans import cpu
 
     cpu.prepare()  # before torchtitan
     from lora_converter.run.peft_io import read_step_as_peft

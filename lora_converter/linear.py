@@ -77,8 +77,9 @@ class LoRALinear(AdaptedModule):
         bias, (a, b) = self.bias, self.product_factors(local=mesh is not None)
         if mesh is None:
             return self._linear(x, weight, bias, a, b, with_base=with_base)
+        is_placed = isinstance(x, DTensor)  # or the host computes with each rank's part, and knows what it is of
         out = self._linear(
-            local_input(x, mesh, column_wise=column_wise),
+            local_input(x, mesh, column_wise=column_wise) if is_placed else x,
             local_part(weight),
             local_bias(bias, mesh, column_wise=column_wise),
             a,
@@ -86,7 +87,7 @@ class LoRALinear(AdaptedModule):
             with_base=with_base,
             shards=None if column_wise else mesh,
         )
-        return local_output(out, mesh, column_wise=column_wise, out_features=self.out_features)
+        return local_output(out, mesh, column_wise=column_wise, out_features=self.out_features) if is_placed else out
 
     def product_factors(self, *, local: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of what is added; this rank's parts of them if `local`. Along their rank they are whole."""

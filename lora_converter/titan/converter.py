@@ -15,10 +15,8 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
 from lora_converter.adapted import check_peft_forms, has_stacked_experts
-from lora_converter.adapters import ParameterCount, apply_lora, count_parameters
-from lora_converter.config import LoRAConfig
-from lora_converter.experts import LoRAExperts, expert_shapes
-from lora_converter.figures import percent, short
+from lora_converter.adapters import apply_lora, count_parameters
+from lora_converter.experts import expert_shapes
 from lora_converter.hf.bridge import names_of_linears
 from lora_converter.hf.expert_bridge import host_experts
 from lora_converter.hf.expert_patterns import linears_like_experts
@@ -55,6 +53,7 @@ from lora_converter.titan.other_converters import check_sharded_linears
 from lora_converter.titan.packed_base import pack_base
 from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
 from lora_converter.titan.tied import mark_tied_head
+from lora_converter.titans.model import describe
 from lora_converter.trained import tied_to_trained, trained_parameters
 
 
@@ -159,19 +158,6 @@ class LoRAConverter:
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
         """Nothing to do after a step."""
-
-
-def describe(count: ParameterCount, config: LoRAConfig) -> str:
-    """One log line with counts."""
-    adapted = " and ".join(f"{number} {kind}" for kind, number in count.kinds.items())
-    ranks = {LoRAExperts.adapter_kind: config.expert_rank or config.rank}
-    told = " and ".join(dict.fromkeys(str(ranks.get(kind, config.rank)) for kind in count.kinds))
-    in_full = f", {count.in_full} modules trained in full" if count.in_full else ""
-    return (
-        f"LoRA: {adapted} adapted (rank {told}, alpha {config.alpha:g}){in_full}, "
-        f"{short(count.trainable)} of {short(count.total)} parameters train "
-        f"({percent(count.trainable / count.total, 2)})"
-    )
 
 
 model_converter.register_model_converter(LoRAConverter, NAME)

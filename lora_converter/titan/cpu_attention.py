@@ -1,4 +1,4 @@
-"""Attention on CPU ranks: sharding rules and the ring of context parallelism for its kernel, FlexAttention uncompiled.
+"""Attention on CPU ranks: sharding rules and the ring of context parallelism for its kernel; and experts' rows.
 
 The functions make the values of rows of `cpu_changes.py`, which say why.
 """
@@ -112,25 +112,6 @@ def rotate_and_wait(create_rotater: Callable[..., Any]) -> Callable[..., Any]:
     return create_patient
 
 
-def let_flex_attention_differentiate(validate_device: Callable[..., None]) -> Callable[..., None]:
-    """No check: uncompiled FlexAttention is differentiable wherever its parts are."""
-    return lambda query, key, value: None
-
-
-def uncompiled_flex_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that was compiled, traced anew for each shape: symbolic ones fail in DTensor's (torch 2.13)."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)(flex_attention)
-
-
-def uncompiled_block_mask(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The function that was compiled."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask
-
-
 def keep_flex_attention(set_determinism: Callable[..., None]) -> Callable[..., None]:
     """`set_determinism`, after which FlexAttention is what it was."""
     from torchtitan.models.attention import FlexAttentionWrapper
@@ -142,3 +123,8 @@ def keep_flex_attention(set_determinism: Callable[..., None]) -> Callable[..., N
         FlexAttentionWrapper._compiled_flex_attn = before
 
     return set_determinism_alone
+
+
+def permute_without_triton(generate_permute_indices: Callable[..., Any]) -> Callable[..., Any]:
+    """The permutation's CPU twin."""
+    return functools.partial(generate_permute_indices, use_cpu=True)

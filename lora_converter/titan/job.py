@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from torchtitan.config import TORCH_DTYPE_MAP
-
 from lora_converter.run.job import Base, Job
+from lora_converter.titans import job
 
 CHAT = "chat"
 """The dataset that is conversations (see `chat.py`)."""
@@ -28,11 +27,8 @@ def job_of(job_config: Any) -> Job:
         steps=job_config.training.steps,
         folder=os.path.join(job_config.job.dump_folder, checkpoint.folder),
         base=base_of(job_config),
-        exports_peft=checkpoint.enable and checkpoint.last_save_in_hf,
-        export_dtype=TORCH_DTYPE_MAP[checkpoint.export_dtype],
         custom_import=job_config.experimental.custom_import,
-        not_loaded=tuple(name for name in checkpoint.exclude_from_loading if name),
-        saves=checkpoint.enable and not checkpoint.load_only,
+        **job.results_of(checkpoint),
         data=_data_of(job_config),
         converters=tuple(name for name in model.converters if name != NAME),
     )
@@ -55,12 +51,7 @@ def _data_of(job_config: Any) -> dict[str, Any]:
 
 def base_of(job_config: Any) -> Base | None:
     """Where the base comes from: `checkpoint.initial_load_path`, or a Hugging Face `model.hf_assets_path`."""
-    checkpoint = job_config.checkpoint
-    in_hf = checkpoint.initial_load_in_hf
-    path = checkpoint.initial_load_path or (job_config.model.hf_assets_path if in_hf else None)
-    if not path:
-        return None
-    return Base(path, "hf" if in_hf else "dcp", quantized=checkpoint.initial_load_in_hf_quantized)
+    return job.base_of(job_config.checkpoint, job_config.model.hf_assets_path)
 
 
 def full_phase_result(job_config: Any) -> str:

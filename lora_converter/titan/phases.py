@@ -26,10 +26,11 @@ from lora_converter.run.claim import Claim
 from lora_converter.run.preemption import Preemption
 from lora_converter.titan.checks import check_expert_biases, check_settings
 from lora_converter.titan.experts import EXPERT_CLASSES
-from lora_converter.titan.host import end_process, log_phase
+from lora_converter.titan.host import log_phase
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.job import FULL_PHASE_FOLDER, full_phase_result
 from lora_converter.titan.models import built_on_meta
+from lora_converter.titans.host import end_process
 
 
 def read_the_command_line_late(parse_args: Callable[..., Any]) -> Callable[..., Any]:

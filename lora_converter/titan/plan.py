@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_converter.plan import Estimate, Plan
-from lora_converter.titan import cpu
 from lora_converter.titan.installed import install
+from lora_converter.titans import cpu
 
 _LAYOUT = {
     "data_parallel_replicate_degree": "dp_replicate",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import ROOT, TINY_ARGS, parse
 
-from lora_converter.titan import cpu
+from lora_converter.titans import cpu
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
 
@@ -67,7 +67,7 @@ def test_both_entries_train_from_the_toml_file(entry: str, hf_base: Path, tmp_pa
     """torchtitan's own module, as `__main__`, needs no accelerator once `cpu.prepare` has run."""
     script = tmp_path / "torchtitan_main.py"
     script.write_text(
-        "import runpy\nfrom lora_converter.titan import cpu\ncpu.prepare()\n"
+        "import runpy\nfrom lora_converter.titans import cpu\ncpu.prepare()\n"
         "import sys\nsys.argv[0] = 'torchtitan.train'\n"
         "runpy.run_module('torchtitan.train', run_name='__main__')\n"
     )
@@ -98,7 +98,7 @@ def test_a_toml_file_without_the_config_module_names_the_missing_line(tmp_path: 
 
 
 def test_a_torchtitan_that_chose_a_missing_device_is_refused() -> None:
-    code = "import torchtitan.tools.utils; from lora_converter.titan import cpu; cpu.prepare()"
+    code = "import torchtitan.tools.utils; from lora_converter.titans import cpu; cpu.prepare()"
     result = run(sys.executable, "-c", code)
     assert "has chosen 'cuda', which this machine does not have. Call prepare() first" in result.stderr
 

@@ -9,11 +9,13 @@ import torch
 from harness import ROOT, build, install, parse, start_process_group
 from torchtitan.components.checkpoint import CheckpointManager
 
-from lora_converter.titan import cpu, installed
-from lora_converter.titan.change import Change
+from lora_converter.titan import installed
 from lora_converter.titan.checkpoint import LoRACheckpointManager
-from lora_converter.titan.cpu_changes import BEFORE_IMPORT, CPU_CHANGES
+from lora_converter.titan.cpu_changes import CPU_CHANGES
 from lora_converter.titan.host_changes import CHANGES, TRAINER_CHANGES
+from lora_converter.titans import cpu
+from lora_converter.titans.change import Change
+from lora_converter.titans.cpu_changes import BEFORE_IMPORT
 
 MISSING = object()
 MADE = (*CHANGES, *CPU_CHANGES) if cpu.is_chosen() else CHANGES
@@ -56,7 +58,7 @@ def test_the_end_of_a_with_block_undoes_it_also_after_an_error() -> None:
 def test_a_row_that_fails_leaves_nothing_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     install().undo()
     before = values()
-    broken = Change("torch:no_such_attribute", "cpu:histc_of_integers", "", "")
+    broken = Change("torch:no_such_attribute", "titans.cpu:histc_of_integers", "", "")
     monkeypatch.setattr(installed, "CHANGES", (*CHANGES, broken))
     with pytest.raises(AttributeError, match="no_such_attribute"):
         install()
@@ -98,7 +100,7 @@ def test_other_checkpointers_over_a_converted_model_are_refused(tmp_path: Any) -
 
 READING = """
 import sys
-from lora_converter.titan import cpu
+from lora_converter.titans import cpu
 cpu.prepare()
 import torchtitan.config as config
 from lora_converter import titan

@@ -56,7 +56,7 @@ def test_a_job_of_two_phases_trains_both(name: str, hf_base: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_device_is_chosen_that_is_there_once_prepare_is_called_first() -> None:
-    lines = ["import torchtitan.tools.utils as utils", "from lora_converter.titan import cpu; cpu.prepare()"]
+    lines = ["import torchtitan.tools.utils as utils", "from lora_converter.titans import cpu; cpu.prepare()"]
     show = "print(utils.device_type)"
     late, first = (
         subprocess.run([sys.executable, "-c", "\n".join([*order, show])], capture_output=True, text=True, cwd=ROOT)

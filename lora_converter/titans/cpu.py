@@ -1,4 +1,4 @@
-"""What torchtitan 0.2.2 needs to run on CPU ranks (gloo), for CI and for laptops.
+"""What torchtitan needs to run on CPU ranks (gloo), for CI and for laptops.
 
 Released torchtitan assumes an accelerator. `prepare` chooses CPU ranks where there is none, before torchtitan is
 imported; the other functions make the values of rows of `cpu_changes.py`, which say why, so that the same TOML files
@@ -47,7 +47,7 @@ def _choose_cpu_device() -> None:
     if chosen is not None:
         if chosen.device_type != "cpu":
             raise RuntimeError(
-                f"torchtitan was imported before lora_converter.titan.cpu.prepare() and has chosen "
+                f"torchtitan was imported before lora_converter.titans.cpu.prepare() and has chosen "
                 f"{chosen.device_type!r}, which this machine does not have. Call prepare() first, or start with "
                 "`-m lora_converter.train`."
             )
@@ -68,6 +68,7 @@ def _cpu_device_module() -> ModuleType:
     module.__dict__.update(
         set_device=lambda device: None,
         current_device=lambda: 0,
+        device_count=lambda: 1,
         get_device_name=lambda device=None: platform.processor() or platform.machine(),
         get_device_properties=lambda device=None: SimpleNamespace(total_memory=_total_memory()),
         memory_stats=_memory_stats,
@@ -152,6 +153,20 @@ def histc_of_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch
     return histc_in_floats
 
 
-def permute_without_triton(generate_permute_indices: Callable[..., Any]) -> Callable[..., Any]:
-    """The permutation's CPU twin."""
-    return functools.partial(generate_permute_indices, use_cpu=True)
+def let_flex_attention_differentiate(validate_device: Callable[..., None]) -> Callable[..., None]:
+    """No check: uncompiled FlexAttention is differentiable wherever its parts are."""
+    return lambda query, key, value: None
+
+
+def uncompiled_flex_attention(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that was compiled, traced anew for each shape: symbolic ones fail in DTensor's (torch 2.13)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)(flex_attention)
+
+
+def uncompiled_block_mask(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that was compiled."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask

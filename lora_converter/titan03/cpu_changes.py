@@ -1,0 +1,35 @@
+"""What torchtitan 0.3 and torch need for CPU ranks: rows as those of 0.2.2's `cpu_changes.py`."""
+
+from lora_converter.titans import cpu, cpu_changes
+from lora_converter.titans.change import Change, Installed
+
+_SLOW_MASKS = "compiled anew for each batch of documents, for tens of seconds"
+
+CPU_CHANGES = (
+    *cpu_changes.CPU_CHANGES,
+    Change(
+        "torchtitan.models.common.attention:FlexAttention._compiled_flex_attn",
+        "titans.cpu:uncompiled_flex_attention",
+        "compiled for CPU it has no backward",
+        "Inductor has a CPU backward for it",
+    ),
+    Change(
+        "torchtitan.models.common.attention:create_attention_mask",
+        "titans.cpu:uncompiled_block_mask",
+        _SLOW_MASKS,
+        "the host compiles it on request",
+    ),
+    Change(
+        "torchtitan.models.common.decoder:create_attention_mask",
+        "titans.cpu:uncompiled_block_mask",
+        _SLOW_MASKS,
+        "the same",
+    ),
+)
+"""Nothing else is changed in 0.3: its configs take classes of ours."""
+
+
+def install() -> None:
+    """Chooses CPU ranks where there is no accelerator; before torchtitan is imported."""
+    if cpu.prepare():
+        Installed(CPU_CHANGES)

@@ -1,0 +1,90 @@
+"""torchtitan 0.3's trainer for a model with adapters, and the config of such a job."""
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torchtitan.components.checkpointer import CheckpointManager
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.trainer import Trainer
+
+from lora_converter.run.job import Job, RunConfig
+from lora_converter.tensor_parallel import sum_partial_gradients
+from lora_converter.titan03.checkpoint import LoRACheckpointManager
+from lora_converter.titan03.model import unfuse_qkv, with_adapters
+from lora_converter.titan03.optimizer import LoRAOptimizers
+from lora_converter.titans import job
+
+
+class LoRATrainer(Trainer):
+    """torchtitan's, of a model with adapters."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        """torchtitan's, with the options of `[lora]`."""
+
+        lora: RunConfig = field(default_factory=RunConfig)
+
+        def __post_init__(self) -> None:
+            Trainer.Config.__post_init__(self)
+
+    def __init__(self, config: Config):
+        spec = config.model_spec
+        assert spec is not None
+        unfuse_qkv(spec.model)
+        self._groups_left = 0
+        super().__init__(
+            replace(
+                config,
+                model_spec=replace(spec, model=with_adapters(spec.model, job_of(config))),
+                checkpoint=_as(LoRACheckpointManager.Config, config.checkpoint),
+                optimizer=_as(LoRAOptimizers.Config, config.optimizer),
+            )
+        )
+
+    def train_step(self, data_iterator: Any) -> None:
+        """torchtitan's, on gradients that are complete before they are clipped."""
+        self._groups_left = self.gradient_accumulation_steps
+        super().train_step(data_iterator)
+
+    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
+        """torchtitan's; after the last of a step partial gradients are summed."""
+        loss = super().forward_backward_step(**kwargs)
+        self._groups_left -= 1
+        if self._groups_left == 0:
+            sum_partial_gradients(param for part in self.model_parts for param in part.parameters())
+        return loss
+
+
+def lora(config: Trainer.Config, **settings: Any) -> LoRATrainer.Config:
+    """The config of a job that trains adapters on the model of another.
+
+    Args:
+        config: Of torchtitan's registry, or like one.
+        settings: Of `[lora]`, see `RunConfig`; `--lora.*` on the command line.
+    """
+    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
+    return LoRATrainer.Config(**kept, lora=RunConfig(**settings))
+
+
+def job_of(config: LoRATrainer.Config) -> Job:
+    """The job that a config describes."""
+    spec, checkpoint = config.model_spec, config.checkpoint
+    assert spec is not None and isinstance(checkpoint, CheckpointManager.Config)
+    return Job(
+        model=spec.name,
+        flavor=spec.flavor,
+        config=config.lora,
+        seed=config.debug.seed or 0,
+        steps=config.training.steps,
+        folder=os.path.join(config.dump_folder, checkpoint.folder),
+        base=job.base_of(checkpoint, config.hf_assets_path),
+        **job.results_of(checkpoint),
+    )
+
+
+def _as(config_class: Any, config: Any) -> Any:
+    """The same settings, of a class that builds ours."""
+    assert type(config) in (CheckpointManager.Config, OptimizersContainer.Config), type(config)
+    return config_class(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
