@@ -4,16 +4,18 @@ import multiprocessing
 import multiprocessing.forkserver as forkserver
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 TOOLS = Path(__file__).resolve().parent
-PATHS = [TOOLS.parents[1], TOOLS.parent, TOOLS.parent / "distributed", TOOLS]
+PATHS = [TOOLS.parents[1], TOOLS.parent, TOOLS.parent / "distributed", TOOLS, TOOLS.parent / "titan03"]
 
 _FORK = multiprocessing.get_context("forkserver")
-_FORK.set_forkserver_preload(["forked_rank_imports"])
+_HAS_02 = version("torchtitan").startswith("0.2.")
+_FORK.set_forkserver_preload(["forked_rank_imports" if _HAS_02 else "jobs03"])
 
 
 def start_ranks(logs: list[Path], port: int, work: Callable[..., None], *args: Any, **env: str) -> list[BaseProcess]:
