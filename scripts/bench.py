@@ -147,7 +147,7 @@ def comm(options: argparse.Namespace) -> Results:
     """Collectives of one forward and backward, which checks of tests/distributed/collectives.py count and compare."""
     tests = Path(__file__).parents[1] / "tests"
     sys.path[:0] = [str(tests), str(tests / "distributed")]
-    from hf_models import save_tiny_llama
+    from hf_tiny import save_tiny_llama
     from launch import launch
 
     tensor_parallel = "llama3: the collectives of a TP model are those without adapters"

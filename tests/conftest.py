@@ -29,7 +29,7 @@ collect_ignore = ["titan03"] if HAS_02 else ["distributed", "integration", "nume
 @pytest.fixture(scope="session")
 def hf_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with random weights as a Hugging Face folder."""
-    from hf_models import save_tiny_llama
+    from hf_tiny import save_tiny_llama
 
     return save_tiny_llama(tmp_path_factory.mktemp("hf_base"))
 

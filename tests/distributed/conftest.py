@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import build
-from hf_models import save_tiny_llama
+from hf_tiny import save_tiny_llama
 from parity import ALL_ROWS, Row, train_row
 from tiny_models import LLAMAS, MODELS
 

@@ -166,7 +166,7 @@ def failing(folder: Path, *options: str) -> tuple[Run, str]:
 
 
 def test_every_key_of_a_base_that_does_not_fit_is_named_in_one_error(hf_base: Path, tmp_path: Path) -> None:
-    from hf_models import save_tiny_llama
+    from hf_tiny import save_tiny_llama
     from safetensors.torch import load_file, save_file
 
     wide = save_tiny_llama(tmp_path / "wide", hidden_size=128)

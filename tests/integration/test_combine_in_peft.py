@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from moe_models import MODELS as MOE
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel

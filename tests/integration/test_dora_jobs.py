@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Run, adapter_state, build, finish, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -9,7 +9,8 @@ from unittest import mock
 import pytest
 import torch
 from harness import Run, build, train
-from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
+from hf_models import HF_MODELS, save_hf
+from hf_tiny import save_gpt_oss, tiny_gpt_oss
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import flex_attention

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import build, finish, full_state, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM

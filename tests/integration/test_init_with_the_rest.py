@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import adapter_state, build, finish, full_state, parse, start_process_group, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import PeftModel
 from qat_converter import WEIGHTS_ALONE
 from test_training import FLOAT8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Run, adapter_state, build, finish, full_state, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from safetensors.torch import load_file
 from test_checkpoint import failing
 from tokenizers import Tokenizer

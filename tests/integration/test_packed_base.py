@@ -12,7 +12,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from harness import BASE_CONFIG, Run, adapter_state, build, full_state, train
-from hf_models import save_tiny_llama
+from hf_tiny import save_tiny_llama
 from memory import Made
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, WIDE, WIDE_LLAMA

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import ROOT, adapter_state, build, finish, parse, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import PeftModel
 from test_foreign_folders import TOKENS, logits, on
 from transformers import AutoModelForCausalLM

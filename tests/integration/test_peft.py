@@ -7,7 +7,8 @@ from unittest import mock
 import pytest
 import torch
 from harness import Run, build, train
-from hf_models import HF_MODELS, save_gpt_oss, save_hf, tiny_gpt_oss
+from hf_models import HF_MODELS, save_hf
+from hf_tiny import save_gpt_oss, tiny_gpt_oss
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file

@@ -9,7 +9,7 @@ import torch
 from bench_measure import allocated
 from harness import CONFIG, ROOT, TINY_ARGS, build, finish
 from held import held
-from hf_models import save_tiny_llama
+from hf_tiny import save_tiny_llama
 from planned import planned
 from tiny_models import WIDE, WIDE_LLAMA
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 from harness import BASE_CONFIG, adapter_state, build, finish, full_state, parse, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import PeftModel
 from qat_converter import IMPORT, INPUTS_TOO, WEIGHTS_ALONE, Int4Weights, Int8InputsInt4Weights
 from test_checkpoint import failing

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import TINY, Run, build, finish, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_checkpoint import failing

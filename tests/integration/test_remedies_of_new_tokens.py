@@ -8,7 +8,7 @@ import pytest
 import torch
 from chat_job import chat_options
 from harness import ROOT, Run, adapter_state, build, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from safetensors.torch import load_file, save_file
 from test_new_tokens import ROWS
 from test_new_tokens_peft import logits, made_by_peft

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import build, full_state
-from hf_models import save_tiny_llama
+from hf_tiny import save_tiny_llama
 from safetensors.torch import load_file
 from test_packed_base import AS_RELEASED, NF4, formats_of, linears_of, on, save, through_nf4
 from tiny_models import MODELS, WIDE_LLAMA

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from harness import build, train
-from hf_models import tiny_qwen3
+from hf_tiny import tiny_qwen3
 from peft import PeftModel
 from safetensors.torch import load_file
 from torchtitan.models.qwen3 import Qwen3ModelArgs, qwen3_args

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 from harness import Run, adapter_state, build, train
-from hf_models import tiny_llama, tiny_qwen3
+from hf_tiny import tiny_llama, tiny_qwen3
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_tied_heads import TOKENS, logits

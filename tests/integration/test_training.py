@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import BASE_CONFIG, CONFIG, Run, adapter_state, build, finish, full_state, parse, train
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from torch._dynamo.utils import counters
 from torchtitan.components.quantization import QuantizationConverter
 from torchtitan.distributed import ParallelDims

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import build
-from hf_models import HF_MODELS, save_gpt_oss, tiny_gpt_oss
+from hf_models import HF_MODELS
+from hf_tiny import save_gpt_oss, tiny_gpt_oss
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_experts_in_peft import SELECTIONS, fill_b, trained

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from chat_job import chat_options
 from harness import build, finish
-from hf_models import tiny_llama, tiny_qwen3
+from hf_tiny import tiny_llama, tiny_qwen3
 from test_reference import peft_twin
 
 STEPS, ROWS = 12, 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_converter import LoRAConfig, apply_lora, disable_adapter, merge_and_unload

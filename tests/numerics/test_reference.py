@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Run, adapter_state, build, finish
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from hf_models import tiny_llama, tiny_qwen3
+from hf_tiny import tiny_llama, tiny_qwen3
 from peft import PeftModel
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode

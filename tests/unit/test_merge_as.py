@@ -15,7 +15,8 @@ from typing import Any
 import bitsandbytes.functional as bitsandbytes
 import pytest
 import torch
-from hf_models import HF_MODELS, tiny_llama
+from hf_models import HF_MODELS
+from hf_tiny import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moe_models import SIZES, save_fused, with_random_weights
@@ -321,7 +322,7 @@ def host_weights(name: str) -> tuple[dict[str, tuple[int, ...]], object]:
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe", "llama4", "gpt_oss", "deepseek_v3"])
 def test_a_hosts_packed_weights_are_those_of_transformers_model(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    from hf_models import tiny_gpt_oss
+    from hf_tiny import tiny_gpt_oss
 
     weights, adapter = host_weights(name)
     packed = packed_base(adapter, {key: ("nf4", shape) for key, shape in weights.items()})

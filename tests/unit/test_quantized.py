@@ -14,7 +14,7 @@ import bitsandbytes.functional as bitsandbytes
 import pytest
 import torch
 import torch.nn as nn
-from hf_models import tiny_llama
+from hf_tiny import tiny_llama
 from mutation import write_mutated
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader

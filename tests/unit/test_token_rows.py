@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from hf_models import tiny_llama, tiny_qwen3
+from hf_tiny import tiny_llama, tiny_qwen3
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
