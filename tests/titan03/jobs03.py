@@ -89,14 +89,14 @@ class Run:
     initial: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def host_config(folder: Path | str, *, model: str = "llama3", **options: Any) -> Trainer.Config:
+def host_config(folder: Path | str, *, model: str = "llama3", lr: float = 3e-3, **options: Any) -> Trainer.Config:
     """A job without adapters, dumped under `folder`.
 
     Args:
         options: `section__option` -> value.
     """
     spec = spec_of(model)
-    optimizer = default_adamw(lr=3e-3, eps=1e-5)
+    optimizer = default_adamw(lr=lr, eps=1e-5)
     optimizer.implementation = "foreach"
     cross_entropy = CrossEntropyLoss.Config(global_vocab_size=spec.model.vocab_size)
     config = Trainer.Config(
