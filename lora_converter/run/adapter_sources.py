@@ -30,7 +30,6 @@ from lora_converter.run.base_identity import (
     check_same_base,
     check_same_converters,
     check_same_format,
-    packed_by_format,
 )
 from lora_converter.run.description import (
     DESCRIPTION,
@@ -60,7 +59,7 @@ class AdapterSource:
     def check(self) -> None:
         """Compares settings, keys and shapes."""
         hint = "It has no adapter_config.json either, so it is no PEFT directory."
-        stored = stored_in(self._path, ADAPTER_OPTION, hint=hint)
+        stored = self._model.host_names.of_step(stored_in(self._path, ADAPTER_OPTION, hint=hint))
         _check_has_base(self._model, self._path, stored.state_dict_metadata)
         description = together(lambda: Description.read(self._path))
         self._step = Step(0, Path(self._path), stored, description=description)
@@ -192,20 +191,20 @@ def check_run_of_step(model: RunModel, step: Step) -> str:
     assert step.stored is not None
     described = agreed(step.description, f"{step.path}/{DESCRIPTION}")
     there, foreign = adapters_in(step.stored, model.kinds, model.base_names(), ours=model.adapter_names())
-    here, experts = model.adapted_fqns(), model.expert_shapes()
+    here, experts, name = model.adapted_fqns(), model.expert_shapes(), model.host.canonical_name
     if described is not None:
         job, path, accept = model.host.job, f"{step.path}", model.host.job.config.accept_other_base
-        check_same_format(path, described.packed, packed_by_format(model.packed), accept=accept)
+        check_same_format(path, described.packed, model.description.packed, accept=accept)
         check_same_converters(path, described.converters, job.converters, accept=accept)
     return check_same_run(
         f"{step.path}",
         described,
         model.description,
-        there=there,
-        here=here,
-        experts=experts,
+        there=map(name, there),
+        here=map(name, here),
+        experts={*map(name, experts)},
         foreign=foreign,
-        base=model.base_names(),
+        base=map(name, model.base_names()),
     )
 
 

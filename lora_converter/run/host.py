@@ -14,6 +14,7 @@ Nothing here imports a host.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch.nn as nn
@@ -74,13 +75,28 @@ class Host(Protocol):
         """Closes what the trainer has open, and ends the process: a signal asked for it, and the step is saved."""
 
 
+@dataclass(frozen=True)
+class HostModel:
+    """One of a host's models, without a job.
+
+    Attributes:
+        model: On the meta device.
+        state_dict_adapter: Its own, to be asked for the names of single weights.
+        expert_classes: The host's routed experts.
+        canonical_name: See `Host.canonical_name`.
+    """
+
+    model: nn.Module
+    state_dict_adapter: StateDictAdapter
+    expert_classes: ExpertClasses
+    canonical_name: Callable[[str], str] = str
+
+
 class ModelSource(Protocol):
     """What a host gives without a job: its models, for tools that read step folders."""
 
-    def __call__(
-        self, model: str, flavor: str, custom_import: str = ""
-    ) -> tuple[nn.Module, StateDictAdapter, ExpertClasses]:
-        """The model on the meta device, its StateDictAdapter, and the host's classes of routed experts.
+    def __call__(self, model: str, flavor: str, custom_import: str = "") -> HostModel:
+        """One of them.
 
         Args:
             custom_import: Module to import first, which registers the model.

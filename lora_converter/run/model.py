@@ -23,6 +23,7 @@ from lora_converter.packed_module import packed_formats
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
 from lora_converter.run.description import Description
 from lora_converter.run.host import Host
+from lora_converter.run.names import HostNames
 from lora_converter.swap import swapped_in
 from lora_converter.tensors import full_tensor, is_finite, reshard
 from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
@@ -74,7 +75,8 @@ class RunModel:
     @property
     def description(self) -> Description:
         """What the run's steps say of it."""
-        return Description.of_job(self.host.job, self.base_fingerprint, self.packed)
+        packed = {self.host.canonical_name(name): form for name, form in self.packed.items()}
+        return Description.of_job(self.host.job, self.base_fingerprint, packed)
 
     @property
     def adapted(self) -> list[AdaptedModule]:
@@ -88,6 +90,11 @@ class RunModel:
     def adapter_names(self) -> list[str]:
         """The adapters' parameters of all ranks. A collective."""
         return union_over_ranks(sorted(self._names))
+
+    @functools.cached_property
+    def host_names(self) -> HostNames:
+        """What the names in step folders are here. The first look is a collective."""
+        return HostNames([*self.adapted_fqns(), *self.base_names()], self.host.canonical_name)
 
     def base_names(self) -> list[str]:
         """The base's entries of all ranks. A collective."""

@@ -35,6 +35,7 @@ from lora_converter.ranks import agreed, together
 from lora_converter.run.description import DESCRIPTION, Description
 from lora_converter.run.host import ModelSource
 from lora_converter.run.job import RunConfig
+from lora_converter.run.names import HostNames
 from lora_converter.run.steps import adapters_in
 from lora_converter.targets import select_targets
 from lora_converter.token_rows import TokenRows, TokenRowsEmbedding, TokenRowsHead
@@ -171,9 +172,12 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         raise ValueError(f"{path} is no complete step folder of a LoRA run: it has no {DESCRIPTION}.")
     metadata = read_metadata(path)
     try:
-        model, adapter, classes = models(described.model, described.flavor, custom_import or described.custom_import)
+        source = models(described.model, described.flavor, custom_import or described.custom_import)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
+    model, adapter, classes = source.model, source.state_dict_adapter, source.expert_classes
+    host_name = HostNames([*dict(model.named_modules()), *model.state_dict()], source.canonical_name)
+    metadata = host_name.of_step(metadata)
     stored = metadata.state_dict_metadata
     of_linears: list[type[AdaptedModule]] = [LoRALinear, DoRALinear, OffsetLinear]
     kinds = [*of_linears, TokenRowsEmbedding, TokenRowsHead, *set(classes.values())]
@@ -183,7 +187,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
         raise ValueError(f"{path}: PEFT has no form for {', '.join(foreign)}.")
     config, shapes = LoRAConfig(**described.lora), packable(model, classes)
     patterns = [PackedBase.of_patterns(form, own, f"{path}") for form, own in described.packed.items()]
-    packed = {name: each.form for each in patterns for name in each.names()}
+    packed = {host_name(name): each.form for each in patterns for name in each.names()}
     targets = [fqn for fqn in modules_of(stored, [LoRALinear]) if fqn in linears]
     targets += [
         f"{fqn}.{weight}"
@@ -194,7 +198,7 @@ def read_step_as_peft(path: str | Path, models: ModelSource, *, base: str = "", 
     if not targets or packed.keys() - shapes.keys():
         raise ValueError(f"{path} is damaged: no adapter is not what {DESCRIPTION} says.")
     config, ids = replace(config, target_modules=targets, exclude_modules=[]), sorted(described.tokens.values())
-    adapted = apply_lora(model, config, expert_classes=classes, tokens=ids)
+    adapted = apply_lora(model, config, expert_classes=classes, tokens=ids, canonical_name=source.canonical_name)
     params = adapter_parameters(model)
     wrong = [name for name, param in params.items() if getattr(stored.get(name), "size", None) != param.shape]
     if wrong:

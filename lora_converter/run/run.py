@@ -12,6 +12,7 @@ A base without a source (random init) cannot be brought back by anything else, s
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -151,6 +152,9 @@ class Run:
         """Whether anything was loaded, and how many steps are done."""
         found = together(lambda: self._find_step(step))
         agreed(found.number if found else -1, f"The step to resume from in {self.job.folder}")
+        names = self.model.host_names
+        if found and found.stored is not None:
+            found = replace(found, stored=names.of_step(found.stored))
         sources: list[Source] = [BaseSource(self.model)] if self.job.base else []
         if begins_with_new_rows(self.job, found):
             sources.append(InitialRows(self.model))

@@ -11,16 +11,13 @@ import torch.nn as nn
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
-from lora_converter.experts import ExpertClasses
-from lora_converter.hf.naming import StateDictAdapter
+from lora_converter.run.host import HostModel
 from lora_converter.titan.experts import EXPERT_CLASSES
 
 logger = logging.getLogger(__name__)
 
 
-def model_on_meta(
-    model: str, flavor: str, custom_import: str = ""
-) -> tuple[nn.Module, StateDictAdapter, ExpertClasses]:
+def model_on_meta(model: str, flavor: str, custom_import: str = "") -> HostModel:
     """A model without weights, its StateDictAdapter, and the classes of its routed experts.
 
     Args:
@@ -45,7 +42,7 @@ def model_on_meta(
     if spec.state_dict_adapter is None:
         raise ValueError(f"{model} has no StateDictAdapter to name Hugging Face's modules by.")
     naming = for_names(spec.state_dict_adapter(args, None))
-    return built_on_meta(spec, args, JobConfig()), naming, EXPERT_CLASSES
+    return HostModel(built_on_meta(spec, args, JobConfig()), naming, EXPERT_CLASSES)
 
 
 def for_names(adapter: Any) -> Any:

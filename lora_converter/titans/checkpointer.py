@@ -12,6 +12,7 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.run.description import MODEL, TRAIN_STATE
 from lora_converter.run.host import Host
+from lora_converter.run.names import in_canonical_names
 from lora_converter.run.run import Run
 from lora_converter.run.steps import discard, stale_steps
 
@@ -66,6 +67,7 @@ class RunCheckpointer(_CheckpointManager):
     def dcp_save(self, state_dict: dict[str, Any], checkpoint_id: str, *args: Any, **kwargs: Any) -> Any:
         """torchtitan's, beside a description of the run, and never onto an older step."""
         self.run.prepare_step(checkpoint_id)
+        state_dict = in_canonical_names(state_dict, self.run.host.canonical_name)
         return super().dcp_save(state_dict, checkpoint_id, *args, **kwargs)
 
     def close(self) -> None:

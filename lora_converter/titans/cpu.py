@@ -170,3 +170,16 @@ def uncompiled_block_mask(compiled: Callable[..., Any]) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask
+
+
+def exchange_memory_as_it_lies(batch_p2p: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `_batch_p2p`, of views whose dims are in the order of memory. Both ends have the same strides."""
+
+    @functools.wraps(batch_p2p)
+    def exchange(ops: list[Any], *args: Any, **kwargs: Any) -> Any:
+        for op in ops:
+            tensor = op.tensor
+            op.tensor = tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+        return batch_p2p(ops, *args, **kwargs)
+
+    return exchange

@@ -15,6 +15,7 @@ install()  # before torchtitan
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_python_sharding_prop_cache
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
@@ -149,6 +150,9 @@ def start_process_group() -> None:
 def build(config: Any) -> Run:
     """A trainer that records; `finish()` it, or look at it as it is before the first step."""
     start_process_group()
+    # What DTensor knows of a mesh, by what it spans, it says of the next run's, too.
+    _clear_python_sharding_prop_cache()
+    _clear_fast_path_sharding_prop_cache()
     config.__post_init__()
     run = Run(config.build())
     log = run.trainer.metrics_processor.log

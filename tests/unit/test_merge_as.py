@@ -308,7 +308,8 @@ def host_weights(name: str) -> tuple[dict[str, tuple[int, ...]], object]:
     from lora_converter.titan.models import model_on_meta
 
     flavor = {"qwen3_moe": "hf_tiny_moe"}.get(name, "hf_tiny")
-    model, adapter, classes = model_on_meta(name.removesuffix("_moe"), flavor)
+    source = model_on_meta(name.removesuffix("_moe"), flavor)
+    model, adapter, classes = source.model, source.state_dict_adapter, source.expert_classes
     weights = {f"{fqn}.weight": shape for fqn, shape in linear_shapes(model).items()}
     weights |= {
         f"{fqn}.{weight}": tuple(getattr(module, weight).shape)
