@@ -25,6 +25,8 @@ from lora_converter.tensors import local_part
 logger = logging.getLogger(__name__)
 
 _GROUPS, _TRAINED = "param_groups.", "train_also."
+_NAMES = ".param_names"
+"""An option of groups that says which parameters are in them, on this rank; not stored."""
 
 
 class ModelSubset(Stateful):
@@ -79,6 +81,8 @@ class OptimizerState(Stateful):
             with _without_empty_groups(optimizer):
                 values = get_optimizer_state_dict(part, optimizer, options=self._options)
             for name, value in values.items():
+                if name.endswith(_NAMES):
+                    continue
                 value = _dequantized(value)
                 stored = compact.setdefault(_once(name, own), value)
                 assert stored is value or stored == value, name
@@ -89,7 +93,7 @@ class OptimizerState(Stateful):
             own = trained_beside(part)
             with _without_empty_groups(optimizer):
                 names = get_optimizer_state_dict(part, optimizer, options=self._options)
-                values = {name: state_dict[_once(name, own)] for name in names}
+                values = {n: v if n.endswith(_NAMES) else state_dict[_once(n, own)] for n, v in names.items()}
                 before = {param: {**state} for param, state in optimizer.state.items()}
                 set_optimizer_state_dict(part, optimizer, values, options=self._options)
                 _quantize_as(before, optimizer)

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from torch.distributed.checkpoint.stateful import Stateful
+
 from lora_converter.dcp.folder import DcpBase, agreed_metadata, check_fits
 from lora_converter.dcp.reader import load as load_dcp
 from lora_converter.dcp.states import OptimizerState
 from lora_converter.hf.base import HuggingFaceBase
 from lora_converter.ranks import agreed
 from lora_converter.run.adapter_sources import PeftSource, check_base_of_adapter, check_run_of_step
-from lora_converter.run.description import DATALOADER, MODEL, OPTIMIZER, PARTS
+from lora_converter.run.description import DATALOADER, LR_SCHEDULER, MODEL, OPTIMIZER, PARTS
 from lora_converter.run.job import Job
 from lora_converter.run.model import RunModel
 from lora_converter.run.steps import Step
@@ -170,9 +172,29 @@ class StepSource:
             logger.warning(
                 f"LoRA: other data than in {self._step.path}: {'; '.join(other)}. They start at their beginning."
             )
-        optimizer = wanted.get(OPTIMIZER)
-        if isinstance(optimizer, OptimizerState) and self._step.stored is not None:
-            prefix = f"{OPTIMIZER}."
-            names = self._step.stored.state_dict_metadata
-            wanted[OPTIMIZER] = optimizer.of_step({n.removeprefix(prefix) for n in names if n.startswith(prefix)})
+        optimizer, schedule = wanted.get(OPTIMIZER), wanted.get(LR_SCHEDULER)
+        if isinstance(optimizer, OptimizerState):
+            wanted[OPTIMIZER] = optimizer.of_step(self._stored_of(OPTIMIZER))
+        if schedule is not None:
+            wanted[LR_SCHEDULER] = _AsFarAsStored(schedule, self._stored_of(LR_SCHEDULER))
         return wanted if MODEL in host.job.not_loaded else {**wanted, **model}
+
+    def _stored_of(self, part: str) -> set[str]:
+        """What the step holds of one of its parts."""
+        assert self._step.stored is not None
+        names = self._step.stored.state_dict_metadata
+        return {name.removeprefix(f"{part}.") for name in names if name.startswith(f"{part}.")}
+
+
+class _AsFarAsStored(Stateful):
+    """A schedule, of which another host's step says where it was, and not what follows from the job."""
+
+    def __init__(self, whole: Stateful, stored: set[str]):
+        self._whole, self._stored = whole, stored
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._whole.state_dict()
+        return {name: state[name] for name in state if name in self._stored} or state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._whole.load_state_dict({**self._whole.state_dict(), **state_dict})

@@ -81,7 +81,22 @@ def job_of(config: LoRATrainer.Config) -> Job:
         folder=os.path.join(config.dump_folder, checkpoint.folder),
         base=job.base_of(checkpoint, config.hf_assets_path),
         **job.results_of(checkpoint),
+        data=_data_of(config),
     )
+
+
+def _data_of(config: LoRATrainer.Config) -> dict[str, Any]:
+    """What batches are made of, option -> value. A loader's own options are compared as they are written."""
+    loader, training = config.dataloader, config.training
+    options = {f"dataloader.{field.name}": getattr(loader, field.name) for field in fields(loader)}
+    options = {name: value if isinstance(value, (str, int)) else str(value) for name, value in options.items()}
+    return {
+        **options,
+        "dataloader": type(loader).__qualname__,
+        "training.seq_len": training.seq_len,
+        "training.local_batch_size": training.local_batch_size,
+        "debug.seed": config.debug.seed,
+    }
 
 
 def _as(config_class: Any, config: Any) -> Any:

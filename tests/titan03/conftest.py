@@ -29,3 +29,16 @@ def dcp_base(hf_base: Path) -> Path:
     )
     (folder / "checkpoint" / "step-1").rename(hf_base.parent / "dcp")
     return hf_base.parent / "dcp"
+
+
+@pytest.fixture(scope="session")
+def bases(dcp_base: Path) -> Path:
+    """The folder of the bases, and of the runs of one rank."""
+    from jobs03 import BACKENDS
+    from launch import launch
+
+    folder = dcp_base.parent
+    (folder / "one").mkdir()
+    found = launch("../titan03/parity03.py", ranks=1, folder=folder / "one", checks=BACKENDS)
+    assert not any(verdict["error"] for verdict in found.values()), found
+    return folder

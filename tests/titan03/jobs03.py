@@ -15,6 +15,7 @@ install()  # before torchtitan
 
 import torch
 import torch.distributed as dist
+from batches import ROWS, SEQ_LEN, global_batch
 from torch.distributed.tensor.debug import _clear_fast_path_sharding_prop_cache, _clear_python_sharding_prop_cache
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -37,8 +38,7 @@ from lora_converter.titan03.names import canonical_name
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "tests" / "assets"
 BACKENDS = ("spmd_types", "partial_dtensor")
-ROWS, SEQ_LEN, STEPS = 8, 256, 10
-"""Context parallelism wants masks of whole blocks of 128 on each rank, twice."""
+STEPS = 10
 
 # Unequal everywhere, as in `harness.py`: kv heads != heads, hidden != 4 dim, vocab != dim.
 DIM, LAYERS, HEADS, KV_HEADS, VOCABULARY, HIDDEN = 64, 4, 4, 2, 320, 192
@@ -177,12 +177,6 @@ def finish(run: Run) -> Run:
 def train(config: Any) -> Run:
     """Builds, trains to the end and closes."""
     return finish(build(config))
-
-
-def global_batch(step: int) -> torch.Tensor:
-    """(ROWS, SEQ_LEN + 1) tokens in short cycles, so that there is something to learn in ten steps."""
-    start = torch.randint(0, 64, (ROWS, 1), generator=torch.Generator().manual_seed(step))
-    return (start + 7 * torch.arange(SEQ_LEN + 1)) % 64
 
 
 def feed_global_batches(run: Run) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from batches import ROWS
 from jobs03 import (
     BACKENDS,
-    ROWS,
     STEPS,
     build,
     config,

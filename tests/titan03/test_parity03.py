@@ -14,16 +14,6 @@ ROWS = [name for name in TABLE if os.environ.get("LORA_PARITY") == "all" or not 
 
 
 @pytest.fixture(scope="session")
-def bases(dcp_base: Path) -> Path:
-    """The folder of the bases, and of the runs of one rank."""
-    folder = dcp_base.parent
-    (folder / "one").mkdir()
-    found = launch("../titan03/parity03.py", ranks=1, folder=folder / "one", checks=BACKENDS)
-    assert not any(verdict["error"] for verdict in found.values()), found
-    return folder
-
-
-@pytest.fixture(scope="session")
 def verdicts(bases: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Row -> what became of it, of those that are asked for."""
     asked = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
