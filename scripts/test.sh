@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
 # Passes the tests: makes .venv if there is none, installs with the dev extra, checks style and types, runs pytest.
 #   scripts/test.sh [--all] [PYTEST ARGUMENTS]     without --all the tests marked slow are left out
+#   scripts/test.sh --titan03 [PYTEST ARGUMENTS]   the same for torchtitan 0.3, in .venv-titan03: its types, and all tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/venv.sh
+if [ "${1:-}" = --titan03 ]; then
+    install_into_venv '[test,titan03]' .venv-titan03 constraints-titan03.txt
+    mypy lora_converter/titans/*.py lora_converter/titan03/*.py
+    exec python -m pytest "${@:2}"
+fi
 install_into_venv '[dev]'
 
 side_by_side() { # Two processes, a core each, since launches leave cores idle; then the tests that measure times.
