@@ -22,7 +22,19 @@ sys.path[:0] = [
 import pytest  # noqa: E402
 
 HAS_02 = version("torchtitan").startswith("0.2.")
-collect_ignore = ["titan03"] if HAS_02 else ["distributed", "integration", "numerics", "unit"]
+ON_BOTH = {
+    f"test_{name}.py"
+    for name in (
+        *("linear", "ops", "offset", "frozen_head", "qat", "packed", "packed_ops", "packed_linear"),
+        *("second_kind", "plain_host", "live_bytes", "dcp_reader", "peft_directory"),
+    )
+}
+"""Of `unit`: what leans on torch and on no torchtitan, to be tried on the torch of either."""
+
+collect_ignore = ["titan03"]
+if not HAS_02:
+    others = [str(path) for path in HERE.glob("unit/test_*.py") if path.name not in ON_BOTH]
+    collect_ignore = ["distributed", "integration", "numerics", *others]
 """Tests of the host that is not installed."""
 
 

@@ -2,16 +2,22 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterable
+from importlib.metadata import files, requires
 from pathlib import Path
 
 import pytest
 from harness import ROOT, TINY_ARGS
+from packaging.requirements import Requirement
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +69,12 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == tracked("lora_converter") and "lora_converter/py.typed" in inside
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert "License-Expression: BSD-3-Clause" in metadata and "Requires-Dist: torchtitan==0.2.2" in metadata
+    assert "License-Expression: BSD-3-Clause" in metadata
+    of_torchtitan = {line for line in metadata.splitlines() if line.startswith("Requires-Dist: torchtitan")}
+    assert of_torchtitan == {
+        'Requires-Dist: torchtitan==0.2.2; extra == "titan022"',
+        'Requires-Dist: torchtitan==0.3.0; extra == "titan03"',
+    }
 
 
 def test_the_sdist_makes_the_same_wheel(copy: Path, wheel: Path, tmp_path: Path) -> None:
@@ -77,19 +88,91 @@ def test_the_sdist_makes_the_same_wheel(copy: Path, wheel: Path, tmp_path: Path)
     assert of_package[0] == of_package[1]
 
 
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that sees the dependencies of this one, and has the wheel instead of the checkout."""
-    folder = tmp_path_factory.mktemp("env")
+def environment(folder: Path, wheel: Path, path_file: str = "") -> tuple[Path, Path]:
+    """The python and the packages of an environment that has the wheel, and what `path_file`, a .pth file, adds."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     (site,) = (folder / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files are not followed
+    (site / "dependencies.pth").write_text(path_file)
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
     run(*pip, cwd=folder)
     where = run(python, "-c", "import lora_converter; print(lora_converter.__file__)", cwd=folder)
     assert where.startswith(str(site))
-    return python
+    return python, site
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that sees the dependencies of this one, and has the wheel instead of the checkout."""
+    purelib = sysconfig.get_path("purelib")  # whose own .pth files are not followed
+    return environment(tmp_path_factory.mktemp("env"), wheel, purelib)[0]
+
+
+def asked_for(lines: Iterable[str]) -> set[str]:
+    """Names of the requirements that hold here without an extra."""
+    requirements = map(Requirement, lines)
+    return {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
+
+
+def show(names: set[str], site: Path) -> None:
+    """Links distributions of this environment, and what they need, into another one."""
+    seen, todo = set(), set(names)
+    while todo:
+        seen.add(name := todo.pop())
+        todo |= asked_for(requires(name) or ()) - seen
+        for top in {file.parts[0] for file in files(name) or ()} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(Path(sysconfig.get_path("purelib"), top))
+
+
+def test_the_core_trains_where_there_are_torch_and_safetensors_alone(wheel: Path, tmp_path: Path) -> None:
+    python, site = environment(tmp_path / "env", wheel)
+    show({"torch", "safetensors"}, site)
+    code = """if True:
+        import torch
+        from lora_converter import LoRAConfig, adapter_parameters, adapter_state_dict, apply_lora
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        apply_lora(model, LoRAConfig(rank=2, alpha=4.0), seed=0)
+        optimizer = torch.optim.AdamW(adapter_parameters(model).values())
+        model(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+        print(sorted(adapter_state_dict(model)))
+    """
+    assert "['0.lora_a.weight', '0.lora_b.weight']" in run(python, "-c", code, cwd=tmp_path)
+
+
+def test_a_plain_install_has_the_library_and_the_commands_without_a_torchtitan(
+    wheel: Path, hf_base: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    python, site = environment(tmp_path / "env", wheel)
+    show(asked_for(line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")), site)
+    assert not any((site / name).exists() for name in ("torchtitan", "peft", "transformers"))
+
+    files_of = (name for name in sorted(tracked("lora_converter")) if name.endswith(".py"))
+    modules = (name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files_of)
+    hosts = re.compile(r"lora_converter\.(titan|train$|__main__$|packed_triton$)")  # the last is asked for with triton
+    code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
+    run(python, "-c", code, *(module for module in modules if not hosts.match(module)), cwd=tmp_path)
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(hf_base), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    merge = ["merge", "--base", hf_base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged"]
+    assert "Merged 4 adapted modules" in run(python.parent / "lora-converter", *merge, cwd=tmp_path)
+
+
+def test_the_environments_of_the_two_torchtitans_differ_in_little() -> None:
+    first, second = (pins(name) for name in ("constraints.txt", "constraints-titan03.txt"))
+    differing = {name for name in first.keys() & second.keys() if first[name] != second[name]}
+    assert differing == {"torch", "torchtitan", "datasets"}  # 0.3.0 wants datasets below 4.8
+    project = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"torchtitan=={pinned["torchtitan"]}"' in project for pinned in (first, second))
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
 def test_the_installed_wheel_trains_and_its_command_reads_the_step(python: Path, tmp_path: Path) -> None:
