@@ -27,7 +27,7 @@ def with_adapters(config: BaseModel.Config, job: Job) -> BaseModel.Config:
     Args:
         job: Its `config` says where.
     """
-    made = _adapting(type(config))(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
+    made = _adapting(config.__class__)(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
     made.lora_job = job
     return cast(BaseModel.Config, made)
 

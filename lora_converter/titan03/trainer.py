@@ -29,7 +29,7 @@ class LoRATrainer(Trainer):
         def __post_init__(self) -> None:
             Trainer.Config.__post_init__(self)
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Any):  # a Config; torchtitan has no types
         spec = config.model_spec
         assert spec is not None
         unfuse_qkv(spec.model)

@@ -62,15 +62,20 @@ def wheel(copy: Path) -> Path:
     return build("wheel", copy, copy / "dist-wheel")
 
 
+def metadata_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
     inside = {name for name in names if ".dist-info/" not in name}
     assert inside == tracked("lora_converter") and "lora_converter/py.typed" in inside
     assert any(name.endswith("/licenses/LICENSE") for name in names)
-    assert "License-Expression: BSD-3-Clause" in metadata
-    of_torchtitan = {line for line in metadata.splitlines() if line.startswith("Requires-Dist: torchtitan")}
+    lines = metadata_of(wheel).splitlines()
+    assert "License-Expression: BSD-3-Clause" in lines
+    of_torchtitan = {line for line in lines if line.startswith("Requires-Dist: torchtitan")}
     assert of_torchtitan == {
         'Requires-Dist: torchtitan==0.2.2; extra == "titan022"',
         'Requires-Dist: torchtitan==0.3.0; extra == "titan03"',
@@ -88,33 +93,27 @@ def test_the_sdist_makes_the_same_wheel(copy: Path, wheel: Path, tmp_path: Path)
     assert of_package[0] == of_package[1]
 
 
-def environment(folder: Path, wheel: Path, path_file: str = "") -> tuple[Path, Path]:
-    """The python and the packages of an environment that has the wheel, and what `path_file`, a .pth file, adds."""
+def environment(folder: Path, wheel: Path, names: set[str] | None = None) -> Path:
+    """The python of an environment with the wheel instead of the checkout, beside all distributions that are here.
+
+    Args:
+        names: Distributions that it has instead of all, with what they need.
+    """
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     (site,) = (folder / "lib").glob("python*/site-packages")
-    (site / "dependencies.pth").write_text(path_file)
+    if names is None:
+        (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))  # whose own .pth files are not followed
+    else:
+        link(names, site)
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--quiet", wheel]
     run(*pip, cwd=folder)
     where = run(python, "-c", "import lora_converter; print(lora_converter.__file__)", cwd=folder)
     assert where.startswith(str(site))
-    return python, site
+    return python
 
 
-@pytest.fixture(scope="module")
-def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that sees the dependencies of this one, and has the wheel instead of the checkout."""
-    purelib = sysconfig.get_path("purelib")  # whose own .pth files are not followed
-    return environment(tmp_path_factory.mktemp("env"), wheel, purelib)[0]
-
-
-def asked_for(lines: Iterable[str]) -> set[str]:
-    """Names of the requirements that hold here without an extra."""
-    requirements = map(Requirement, lines)
-    return {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
-
-
-def show(names: set[str], site: Path) -> None:
+def link(names: set[str], site: Path) -> None:
     """Links distributions of this environment, and what they need, into another one."""
     seen, todo = set(), set(names)
     while todo:
@@ -125,9 +124,19 @@ def show(names: set[str], site: Path) -> None:
                 (site / top).symlink_to(Path(sysconfig.get_path("purelib"), top))
 
 
+def asked_for(lines: Iterable[str]) -> set[str]:
+    """Names of the requirements that hold here without an extra."""
+    requirements = map(Requirement, lines)
+    return {r.name for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})}
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return environment(tmp_path_factory.mktemp("env"), wheel)
+
+
 def test_the_core_trains_where_there_are_torch_and_safetensors_alone(wheel: Path, tmp_path: Path) -> None:
-    python, site = environment(tmp_path / "env", wheel)
-    show({"torch", "safetensors"}, site)
+    python = environment(tmp_path / "env", wheel, {"torch", "safetensors"})
     code = """if True:
         import torch
         from lora_converter import LoRAConfig, adapter_parameters, adapter_state_dict, apply_lora
@@ -144,11 +153,10 @@ def test_the_core_trains_where_there_are_torch_and_safetensors_alone(wheel: Path
 def test_a_plain_install_has_the_library_and_the_commands_without_a_torchtitan(
     wheel: Path, hf_base: Path, tmp_path: Path
 ) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
-    python, site = environment(tmp_path / "env", wheel)
-    show(asked_for(line.split(": ", 1)[1] for line in metadata.splitlines() if line.startswith("Requires-Dist")), site)
-    assert not any((site / name).exists() for name in ("torchtitan", "peft", "transformers"))
+    required = re.findall(r"^Requires-Dist: (.*)", metadata_of(wheel), re.MULTILINE)
+    python = environment(tmp_path / "env", wheel, asked_for(required))
+    find = "import importlib.util, sys; print([name for name in sys.argv[1:] if importlib.util.find_spec(name)])"
+    assert run(python, "-c", find, "torchtitan", "peft", "transformers", "tqdm", cwd=tmp_path) == "['tqdm']\n"
 
     files_of = (name for name in sorted(tracked("lora_converter")) if name.endswith(".py"))
     modules = (name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files_of)
