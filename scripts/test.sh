@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --titan03 ]; then
     install_into_venv '[test,titan03]' .venv-titan03 constraints-titan03.txt
     mypy lora_converter/titans/*.py lora_converter/titan03/*.py
-    exec python -m pytest "${@:2}"
+    OMP_NUM_THREADS=1 exec python -m pytest "${@:2}"
 fi
 install_into_venv '[dev]'
 
