@@ -30,7 +30,7 @@ def select_targets(
     Raises:
         ValueError: A pattern matches nothing, or nothing is left after `exclude`.
     """
-    included = _match_all("lora.target_modules", targets, linears, experts=experts, means=_names_experts)
+    included = _match_all("lora.target_modules", targets, linears, experts=experts, means=targets_weight)
     excluded = _match_all("lora.exclude_modules", exclude, linears, experts=experts)
     selected = [fqn for fqn in (*linears, *experts) if fqn in included and fqn not in excluded]
     if not selected:
@@ -72,22 +72,22 @@ def look_up(
 
 def reaches(pattern: str, fqn: str, *, is_experts: bool) -> bool:
     """Whether a pattern of a table means an adapted module."""
-    return _names_experts(pattern, f"{fqn}.") if is_experts else matches(pattern, fqn)
+    return targets_weight(pattern, f"{fqn}.") if is_experts else matches(pattern, fqn)
 
 
-def _reaches(pattern: str, weight: str) -> bool:
+def reaches_weight(pattern: str, weight: str) -> bool:
     """Whether a pattern means a weight of routed experts: by its own name, or by that of the module."""
     return pattern != ALL_LINEAR and (matches(pattern, weight) or matches(pattern, weight.rpartition(".")[0]))
 
 
-def _names_experts(pattern: str, weight: str) -> bool:
+def targets_weight(pattern: str, weight: str) -> bool:
     """Whether a target means a weight of routed experts: it reaches it, and one of its dotted parts is their name.
 
     'layers.1.*', 'w1' and '*e*' are said of linears. Experts are many: nobody gets them without having said so.
     """
     name = weight.split(".")[-2]
     said = [part for part in pattern.split(".") if len(part.strip("*?")) >= _ENOUGH_LETTERS or part == name]
-    return any(fnmatchcase(name, part) for part in said) and _reaches(pattern, weight)
+    return any(fnmatchcase(name, part) for part in said) and reaches_weight(pattern, weight)
 
 
 _ENOUGH_LETTERS = 4
@@ -100,7 +100,7 @@ def _match_all(
     linears: Sequence[str],
     *,
     experts: Sequence[str] = (),
-    means: Callable[[str, str], bool] = _reaches,
+    means: Callable[[str, str], bool] = reaches_weight,
 ) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:

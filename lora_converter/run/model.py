@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -18,6 +19,7 @@ from lora_converter.linear import LoRALinear, linear_shapes
 from lora_converter.names import plain_parameters
 from lora_converter.new_tokens import grown_weights, token_rows
 from lora_converter.offset import make_plain
+from lora_converter.own_names import in_canonical_names
 from lora_converter.packed_formats import FORMATS
 from lora_converter.packed_module import packed_formats
 from lora_converter.ranks import agreed, gather_all, gather_to_first, is_first_rank, merged_over_ranks, union_over_ranks
@@ -76,7 +78,8 @@ class RunModel:
     def description(self) -> Description:
         """What the run's steps say of it."""
         packed = {self.host.canonical_name(name): form for name, form in self.packed.items()}
-        return Description.of_job(self.host.job, self.base_fingerprint, packed)
+        described = Description.of_job(self.host.job, self.base_fingerprint, packed)
+        return replace(described, lora=in_canonical_names(described.lora, self.host.canonical_name))
 
     @property
     def adapted(self) -> list[AdaptedModule]:

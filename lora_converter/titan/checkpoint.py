@@ -8,11 +8,9 @@ import torch.nn as nn
 from torchtitan.components.checkpoint import CheckpointManager
 
 from lora_converter.run.description import DATALOADER
-from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.titan.chat import ChatLoader
 from lora_converter.titan.end_tokens import warn_of_untrained_tokens
 from lora_converter.titan.host import TitanHost
-from lora_converter.titan.packed_base import check_base_is_loaded
 from lora_converter.titans.checkpointer import RunCheckpointer
 from lora_converter.titans.model import is_converted, lora_model
 
@@ -31,10 +29,7 @@ class LoRACheckpointManager(RunCheckpointer, CheckpointManager):
     def load(self, step: int = -1) -> bool:
         """See `Run.load`; then a look at the tokens that conversations end with."""
         if not self.enable:
-            check_base_is_loaded(self.run.job)
-            if begins_at_the_base(self.run.job, None):
-                InitialFactors(self.run.model).load()
-            return False
+            return self.begin_without_loading()
         loaded = self.run.load(step)
         loader = self.states.get(DATALOADER)
         if loaded and isinstance(loader, ChatLoader):

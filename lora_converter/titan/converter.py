@@ -14,21 +14,10 @@ from torchtitan.protocols import model_converter
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 
-from lora_converter.adapted import check_peft_forms, has_stacked_experts
-from lora_converter.adapters import apply_lora, count_parameters
-from lora_converter.experts import expert_shapes
-from lora_converter.hf.bridge import names_of_linears
-from lora_converter.hf.expert_bridge import host_experts
-from lora_converter.hf.expert_patterns import linears_like_experts
-from lora_converter.hf.export_checks import check_exportable, check_mergeable
-from lora_converter.hf.magnitudes import check_no_magnitudes_of_parameters
+from lora_converter.adapters import count_parameters
 from lora_converter.hf.naming import StateDictAdapter
-from lora_converter.hf.peft_directory import is_peft_directory
-from lora_converter.linear import linear_shapes
-from lora_converter.new_tokens import token_rows
 from lora_converter.ranks import agreed, together
 from lora_converter.run.job import Job
-from lora_converter.run.peft_io import config_of_peft, load_peft_everywhere
 from lora_converter.swap import swap_class
 from lora_converter.titan.checks import (
     FLOAT8,
@@ -40,21 +29,22 @@ from lora_converter.titan.checks import (
     check_settings,
     warn_of_wrong_router_gradients,
 )
-from lora_converter.titan.compiling import allow_kinds_of_layers
 from lora_converter.titan.experts import EXPERT_CLASSES
-from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.installed import install
 from lora_converter.titan.job import NAME, job_of
-from lora_converter.titan.job_config import LoRA
 from lora_converter.titan.model import LoRAModel
 from lora_converter.titan.models import for_names
 from lora_converter.titan.new_tokens import grow_host, make_room, rows_of_base, trained_tokens
 from lora_converter.titan.other_converters import check_sharded_linears
-from lora_converter.titan.packed_base import pack_base
-from lora_converter.titan.precision import check_trained_dtype, store_frozen_in_compute_dtype
+from lora_converter.titan.precision import store_frozen_in_compute_dtype
 from lora_converter.titan.tied import mark_tied_head
+from lora_converter.titans.adapting import put_adapters, settle
+from lora_converter.titans.compiling import allow_kinds_of_layers
+from lora_converter.titans.flops import flops_not_spent
 from lora_converter.titans.model import describe
-from lora_converter.trained import tied_to_trained, trained_parameters
+from lora_converter.titans.peft import check_results
+from lora_converter.titans.precision import check_trained_dtype
+from lora_converter.trained import tied_to_trained
 
 
 class LoRAConverter:
@@ -84,28 +74,24 @@ class LoRAConverter:
             check_expert_biases(model, job_config.parallelism)
             if self.parallel_dims.tp_enabled:
                 check_sharded_linears(model)
-            path = job_config.lora.initial_adapter_path
-            if path and agreed(is_peft_directory(path), f"Whether {path} is a PEFT directory"):
-                job_config.lora = self._config_of_peft(model)
+            naming = self._state_dict_adapter(model)
+            job_config.lora = settle(job_of(job_config), model, naming, EXPERT_CLASSES).config
             if FLOAT8 in job_config.model.converters:
                 from lora_converter.titan.float8 import freeze_float8_linears  # torchao is an extra
 
                 freeze_float8_linears(model)
             check_trained_dtype(job_config)
             job = self._with_tokens(job_of(job_config), model)
-            if job.config.base_format:
-                pack_base(model, job, self._state_dict_adapter(model))
-            rows: Any = dict(tokens=list(job.tokens.values()), base_rows=job.base_rows)
-            adapted = apply_lora(model, job.config, seed=job.seed, expert_classes=EXPERT_CLASSES, **rows)
-            if job.exports_peft:
-                check_peft_forms(adapted)
-                self._check_results(model, [module.lora_fqn for module in adapted if module.peft_factors])
+            naming = self._state_dict_adapter(model)  # the model may have grown
+            adapted = put_adapters(model, job, naming, EXPERT_CLASSES)
+            check_results(job, model, naming, adapted)
         except ValueError as e:
             raise ValueError(f"{self.model_name}: {e}") from None
         store_frozen_in_compute_dtype(model, job_config, self.parallel_dims)
         mark_tied_head(model)
         allow_kinds_of_layers(model, job_config)
-        not_spent = flops_not_spent(model, job_config.training.seq_len)
+        model_args = cast(Any, model).model_args
+        not_spent = flops_not_spent(model, job_config.training.seq_len, model_args.get_nparams_and_flops)
         converted = swap_class(model, LoRAModel)
         converted.lora_job, converted.lora_flops_not_spent = job, not_spent
         converted.lora_adapted = [module.lora_fqn for module in adapted]
@@ -128,28 +114,6 @@ class LoRAConverter:
             return job
         base_rows, folder = make_room(model, tokens, self.parallel_dims), self.job_config.model.hf_assets_path
         return replace(job, tokens=tokens, base_rows=base_rows, tokenizer=folder)
-
-    def _check_results(self, model: nn.Module, adapted: list[str]) -> None:
-        """That what is to be written at the end can be, before the training."""
-        adapter, job = self._state_dict_adapter(model), job_of(self.job_config)
-        linears, experts = linear_shapes(model), expert_shapes(model)
-        trained = {name: tuple(param.shape) for name, param in trained_parameters(model).items()}
-        trained |= {f"{m.lora_fqn}.weight": tuple(m.weight.shape) for m in token_rows(model).values()}
-        check_exportable(adapter, linears, adapted, experts, trained)
-        if job.config.use_dora and adapter is not None and has_stacked_experts(model):
-            own = {fqn: linears[fqn] for fqn in adapted if fqn in linears}
-            check_no_magnitudes_of_parameters(True, linears_like_experts(names_of_linears(adapter, own)))
-        if job.config.save_merged and adapter is not None and job.base is not None:
-            base = job.base.path
-            together(lambda: check_mergeable(adapter, linears, adapted, base, experts))
-
-    def _config_of_peft(self, model: nn.Module) -> LoRA:
-        adapter, config = self._state_dict_adapter(model), self.job_config.lora
-        if adapter is None:
-            raise ValueError("lora.initial_adapter_path: the model has no StateDictAdapter to name PEFT's modules by.")
-        linears, experts = linear_shapes(model), host_experts(adapter, expert_shapes(model, EXPERT_CLASSES))
-        peft = load_peft_everywhere(config.initial_adapter_path, adapter, linears, experts)
-        return config_of_peft(config, peft, adapter, linears, experts)
 
     def _state_dict_adapter(self, model: nn.Module) -> StateDictAdapter | None:
         spec = get_train_spec(self.job_config.model.name)

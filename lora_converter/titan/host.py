@@ -7,12 +7,12 @@ from typing import Any
 import torch.nn as nn
 
 from lora_converter.hf.naming import StateDictAdapter
-from lora_converter.titan.compiling import log_compile_time
 from lora_converter.titan.head import skip_logits
 from lora_converter.titan.installed import change_trainer
 from lora_converter.titan.models import for_names
 from lora_converter.titan.optimizer import divide_pipeline_gradients
 from lora_converter.titans import host
+from lora_converter.titans.compiling import compiles, first_step_told
 
 
 class TitanHost(host.TitanHost):
@@ -29,7 +29,8 @@ class TitanHost(host.TitanHost):
         """
         skip_logits(self.trainer)
         divide_pipeline_gradients(self.trainer)
-        log_compile_time(self.trainer)
+        if compiles(self.trainer.job_config):
+            change_trainer(self.trainer, "train_step", first_step_told)
         change_trainer(self.trainer, "metrics_processor.num_flops_per_token", lambda flops: flops - not_spent)
         if self.trainer.job_config.lora.full_phase.steps > 0:
             log_phase(self.trainer, 2)

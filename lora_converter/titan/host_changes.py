@@ -58,13 +58,13 @@ CHANGES = (
     ),
     Change(
         "torch.utils.checkpoint:create_selective_checkpoint_contexts",
-        "titan.selective_ac:count_as_products",
+        "titans.selective_ac:count_as_products",
         "op-SAC knows matrix products, and not the operator of an adapted linear",
         "torchtitan's policy can be told of operators that are products",
     ),
     Change(
         "torchtitan.distributed.activation_checkpoint:_apply_op_sac",
-        "titan.selective_ac:shapes_of_packed",
+        "titans.selective_ac:shapes_of_packed",
         "takes the shape of a linear's product from its weight, which a packed one's is not",
         "no weight's shape is read",
     ),
@@ -104,7 +104,7 @@ TRAINER_CHANGES = (
     ),
     Change(
         "metrics_processor.num_flops_per_token",
-        "titan.flops:flops_not_spent",
+        "titans.flops:flops_not_spent",
         "counts 6 FLOPs per parameter, frozen or not",
         "get_nparams_and_flops looks at requires_grad",
     ),
@@ -124,7 +124,7 @@ TRAINER_CHANGES = (
     ),
     Change(
         "train_step",
-        "titan.compiling:log_compile_time",
+        "titans.compiling:first_step_told",
         "torch compiles in the first step, and nothing says how long that took",
         "the trainer logs it",
     ),

@@ -27,9 +27,9 @@ from torch.distributed._composable.replicate import DDP
 from torch.optim import Optimizer
 
 from lora_converter.adapted import adapter_parameters
-from lora_converter.new_tokens import trained_beside
 from lora_converter.tensor_parallel import sum_partial_gradients
 from lora_converter.titan.installed import change_trainer
+from lora_converter.titans.optimizer import split_group
 
 _RANKS = "_gradient_is_mean_over_ranks"
 
@@ -98,19 +98,8 @@ def accept_frozen_stages(init: Any) -> Any:
 
     @functools.wraps(init)
     def init_container(self: Any, model_parts: Any, optimizer_cls: Any, optimizer_kwargs: Any) -> None:
-        job = next((part.lora_job for part in model_parts if hasattr(part, "lora_job")), None)
-        trained = {id(p) for part in model_parts for p in trained_beside(part).values()}
-
         def make(params: Any, **kwargs: Any) -> Optimizer:
-            if job is None or not (job.config.train_also or job.tokens):
-                return optimizer_cls(_or_empty_group(params), **kwargs)
-            # Both groups on every stage: the schedules of all are stored as one.
-            groups = ([p for p in params if (id(p) in trained) == own] for own in (False, True))
-            rate = {"lr": job.config.train_also_lr or kwargs["lr"], "weight_decay": 0.0}
-            options: tuple[dict[str, Any], ...] = ({}, rate)
-            return optimizer_cls(
-                [{"params": group, **own} for group, own in zip(groups, options, strict=True)], **kwargs
-            )
+            return optimizer_cls(split_group(model_parts, {"params": params, "lr": kwargs["lr"]}), **kwargs)
 
         init(self, model_parts, make, optimizer_kwargs)
 

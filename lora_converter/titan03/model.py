@@ -13,22 +13,29 @@ from torchtitan.models.common.attention import FusedQKVLinear, QKVLinear
 from torchtitan.protocols import BaseModel
 from torchtitan.tools.logging import logger
 
-from lora_converter.adapters import apply_lora, count_parameters
-from lora_converter.run.job import Job
+from lora_converter.adapters import count_parameters
+from lora_converter.run.job import Job, RunConfig
 from lora_converter.swap import swap_class
 from lora_converter.titan03.names import canonical_name
 from lora_converter.titan03.sharding import TitanFactor, place_adapters
+from lora_converter.titans.adapting import put_adapters, settle
+from lora_converter.titans.compiling import allow_kinds_of_layers
+from lora_converter.titans.flops import flops_not_spent
 from lora_converter.titans.model import LoRAModel, describe
+from lora_converter.titans.peft import check_results
+from lora_converter.titans.precision import check_trained_dtype, frozen_parameters, store_in_compute_dtype
 
 
-def with_adapters(config: BaseModel.Config, job: Job) -> BaseModel.Config:
-    """A model's config that builds it with adapters.
+def with_adapters(job: Job, config: Any) -> BaseModel.Config:
+    """The config of a job's model that builds it with adapters.
 
     Args:
         job: Its `config` says where.
+        config: The trainer's.
     """
-    made = _adapting(config.__class__)(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
-    made.lora_job = job
+    model = config.model_spec.model
+    made = _adapting(model.__class__)(**{f.name: getattr(model, f.name) for f in fields(model) if f.init})
+    made.lora_job, made.lora_trainer_config = job, config
     return cast(BaseModel.Config, made)
 
 
@@ -38,15 +45,50 @@ def _adapting(config_class: Any) -> Any:
 
     def build(self: Any, **kwargs: Any) -> nn.Module:
         model: nn.Module = config_class.build(self, **kwargs)
-        job: Job = self.lora_job
-        apply_lora(model, job.config, seed=job.seed, factor_class=TitanFactor, canonical_name=canonical_name)
-        place_adapters(model)
+        config, make_naming = self.lora_trainer_config, self.lora_trainer_config.model_spec.state_dict_adapter
+        naming = make_naming and make_naming(self, None)
+        try:
+            check_trained_dtype(config)
+            check_has_a_home(self.lora_job.config)
+            job = settle(self.lora_job, model, naming, {}, canonical_name)
+            names = {"factor_class": TitanFactor, "canonical_name": canonical_name}
+            adapted = put_adapters(model, job, naming, {}, **names)
+            place_adapters(model)
+            check_results(job, model, naming, adapted)
+        except ValueError as e:
+            raise ValueError(f"{self.lora_job.model}/{self.lora_job.flavor}: {e}") from None
+        store_in_compute_dtype(frozen_parameters(model), config.training)  # FSDP2 is always there, and casts all
+        allow_kinds_of_layers(model, config)
         converted = swap_class(model, LoRAModel)
         converted.lora_job = job
         logger.info(describe(count_parameters(model), job.config))
         return model
 
-    return type(f"LoRA{config_class.__name__}", (config_class,), {"build": build, "lora_job": None})
+    def get_nparams_and_flops(self: Any, model: Any, seq_len: int) -> tuple[int, int]:
+        count = functools.partial(config_class.get_nparams_and_flops, self)
+        params, flops = count(model, seq_len)
+        return params, flops - flops_not_spent(model, seq_len, count)
+
+    own = {"build": build, "get_nparams_and_flops": get_nparams_and_flops}
+    return type(f"LoRA{config_class.__name__}", (config_class,), own)
+
+
+def check_has_a_home(config: RunConfig) -> None:
+    """Refuses what `[lora]` has for torchtitan 0.2.2 alone.
+
+    Raises:
+        ValueError: The option is set.
+    """
+    if config.new_tokens:
+        raise ValueError(
+            "lora.new_tokens: a model of torchtitan 0.3 has the rows that its config says, and none for new tokens. "
+            "Train them on torchtitan 0.2.2, or leave new_tokens out."
+        )
+    if config.loss_chunk_tokens > 0:
+        raise ValueError(
+            f"lora.loss_chunk_tokens = {config.loss_chunk_tokens}: torchtitan 0.3's loss has chunks of its own. Leave "
+            "loss_chunk_tokens out, and set loss.num_chunks."
+        )
 
 
 def unfuse_qkv(config: BaseModel.Config) -> None:

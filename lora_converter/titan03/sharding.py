@@ -9,8 +9,10 @@ import dataclasses
 from typing import Any
 
 import spmd_types as spmd
+import torch
 import torch.nn as nn
-from torchtitan.distributed.parallel_dims import MeshAxisName, ParallelDims
+from torchtitan.distributed.parallel_dims import MeshAxisName, ParallelDims, SpmdLayout
+from torchtitan.distributed.spmd_types import set_current_spmd_mesh, spmd_distribute_tensor
 from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
@@ -18,6 +20,8 @@ from torchtitan.protocols.sharding import ShardingConfig
 from lora_converter.adapted import adapted_modules
 from lora_converter.dora import CHANGE, DoRALinear
 from lora_converter.linear import LoRALinear
+from lora_converter.packed_module import packed_weights
+from lora_converter.swap import swap_class
 from lora_converter.tensor_parallel import LoRAFactor
 
 
@@ -33,11 +37,31 @@ class TitanFactor(LoRAFactor, Module):
             self.whole_over = parallel_dims.get_mesh("tp")
 
 
+class TitanPacked(nn.Module):
+    """What a packed linear's class gains: torchtitan would have the bytes require gradients."""
+
+    def _spmd_distribute_state(
+        self, parallel_dims: ParallelDims, name: str, tensor: torch.Tensor, layout: SpmdLayout, *, is_param: bool
+    ) -> None:
+        if tensor.is_floating_point():
+            distribute: Any = super()._spmd_distribute_state  # type: ignore[misc]
+            return distribute(parallel_dims, name, tensor, layout, is_param=is_param)
+        mesh = parallel_dims.get_optional_mesh([axis.value for axis in layout.axes()], include_singleton_axes=True)
+        own = nn.Parameter(spmd_distribute_tensor(tensor, mesh, layout), requires_grad=False)
+        self.register_parameter(name, own)
+        with set_current_spmd_mesh(mesh):
+            spmd.assert_type(own, layout.axis_types, layout.partition_spec)
+
+
 def place_adapters(model: nn.Module) -> None:
     """Declares where the adapters of a model lie, from what its linears' configs say of their weights."""
+    for packed in {module for module, _ in packed_weights(model)}:
+        swap_class(packed, TitanPacked)
     for linear in adapted_modules(model):
         if not isinstance(linear, LoRALinear):
             raise ValueError(f"{linear.lora_fqn}: torchtitan 0.3 is no host for {linear.adapter_kind} yet.")
+        own = {name: nn.init.zeros_ for name in linear.adapter_parameter_names if "." not in name}
+        vars(linear)["_param_init"] = {**(linear._param_init or {}), **own}  # its values come after
         config: ShardingConfig | None = getattr(linear, "_sharding_config", None)
         if config is None:
             continue

@@ -15,6 +15,8 @@ from lora_converter.titan03.checkpoint import LoRACheckpointManager
 from lora_converter.titan03.model import unfuse_qkv, with_adapters
 from lora_converter.titan03.optimizer import LoRAOptimizers
 from lora_converter.titans import job
+from lora_converter.titans.compiling import compiles, first_step_told
+from lora_converter.titans.selective_ac import ask_about_products, check_masks_are_kept
 
 
 class LoRATrainer(Trainer):
@@ -32,16 +34,21 @@ class LoRATrainer(Trainer):
     def __init__(self, config: Any):  # a Config; torchtitan has no types
         spec = config.model_spec
         assert spec is not None
+        check_masks_are_kept(config.lora.dropout, config.activation_checkpoint)
         unfuse_qkv(spec.model)
         self._groups_left = 0
         super().__init__(
             replace(
                 config,
-                model_spec=replace(spec, model=with_adapters(spec.model, job_of(config))),
+                model_spec=replace(spec, model=with_adapters(job_of(config), config)),
                 checkpoint=_as(LoRACheckpointManager.Config, config.checkpoint),
                 optimizer=_as(LoRAOptimizers.Config, config.optimizer),
             )
         )
+        for part in self.model_parts:
+            ask_about_products(part)
+        if compiles(config):
+            vars(self)["train_step"] = first_step_told(self.train_step)
 
     def train_step(self, data_iterator: Any) -> None:
         """torchtitan's, on gradients that are complete before they are clipped."""

@@ -12,9 +12,11 @@ from torchtitan.tools.logging import logger
 
 from lora_converter.run.description import MODEL, TRAIN_STATE
 from lora_converter.run.host import Host
+from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.run.names import in_canonical_names
 from lora_converter.run.run import Run
 from lora_converter.run.steps import discard, stale_steps
+from lora_converter.titans.packed_base import check_base_is_loaded
 
 _CheckpointManager: Any = object
 """The next of a host's bases, for the type checker."""
@@ -41,6 +43,13 @@ class RunCheckpointer(_CheckpointManager):
                 "LoRA: checkpoint.initial_load_path is not set, so the base stays as initialised at random; "
                 "every checkpoint stores it beside the adapters."
             )
+
+    def begin_without_loading(self) -> bool:
+        """What a run does in place of loading where checkpoints are off; returns that it has loaded nothing."""
+        check_base_is_loaded(self.run.job)
+        if begins_at_the_base(self.run.job, None):
+            InitialFactors(self.run.model).load()
+        return False
 
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite.

@@ -42,7 +42,7 @@ FLOORS = [
     {"packed_experts", "tensor_parallel"},
     {"experts", "linear", "packed_linear", "token_rows"},
     {"dora", "new_tokens", "offset", "packing"},
-    {"adapters", "fingerprint", "increments", "state_dict", "switching"},
+    {"adapters", "fingerprint", "increments", "own_names", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
     {"combine", "inspect", "inspect_experts", "merge", "peft", "sync"},

@@ -33,8 +33,8 @@ from lora_converter.packed_linear import pack_linear
 from lora_converter.packed_module import packed_weights
 from lora_converter.packing import pack_model, packable
 from lora_converter.titan.experts import EXPERT_CLASSES
-from lora_converter.titan.flops import flops_not_spent
 from lora_converter.titan.models import built_on_meta
+from lora_converter.titans.flops import flops_not_spent
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -49,7 +49,8 @@ def pack(model: nn.Module) -> nn.Module:
 
 def flops(model: Any) -> int:
     """Per token, as the trainer has them."""
-    return model.model_args.get_nparams_and_flops(model, 2048)[1] - flops_not_spent(model, 2048)
+    count = model.model_args.get_nparams_and_flops
+    return count(model, 2048)[1] - flops_not_spent(model, 2048, count)
 
 
 @pytest.mark.parametrize(

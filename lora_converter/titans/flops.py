@@ -4,8 +4,8 @@ A trained parameter costs 6 per token: 2 in the forward, 2 for the gradient of t
 has no gradient of its own, so it costs 4. torchtitan counts 6 for all, and of a packed weight every byte.
 """
 
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch.nn as nn
 from torchtitan.tools.logging import logger
@@ -29,14 +29,16 @@ class _Trained:
         return iter(())  # asked for embeddings, which are frozen
 
 
-def flops_not_spent(model: nn.Module, seq_len: int) -> int:
+def flops_not_spent(model: nn.Module, seq_len: int, count: Callable[[Any, int], tuple[int, int]]) -> int:
     """What torchtitan counts too much per token; negative if it counts too little, as of packed weights.
 
     It counts 2 too many for every frozen parameter that it counts 6 for. Routed experts count as far as they are
     active, and embeddings not at all: its formula is asked with and without the frozen parameters, and the difference
     is what they count for.
+
+    Args:
+        count: torchtitan's, of a model and a length: parameters, and FLOPs per token.
     """
-    count: Any = cast(Any, model).model_args.get_nparams_and_flops
     was_disabled, logger.disabled = logger.disabled, True  # the formulas of MoE models log what they count
     try:
         counted = count(model, seq_len)[1]

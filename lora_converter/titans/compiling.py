@@ -10,7 +10,6 @@ import torch.nn as nn
 from torchtitan.tools.logging import logger
 
 from lora_converter.adapted import AdaptedModule
-from lora_converter.titan.installed import change_trainer
 
 _LIMIT = torch._dynamo.config.recompile_limit
 
@@ -44,31 +43,31 @@ def kind_of(layer: nn.Module) -> Kind:
     return (*shapes, *settings)
 
 
-def log_compile_time(trainer: Any) -> None:
-    """Lets a trainer that compiles say how long its first step took, and how much of that torch spent compiling.
+def compiles(config: Any) -> bool:
+    """Whether a job's config has anything compiled."""
+    return bool(config.compile.enable and config.compile.components)
+
+
+def first_step_told(train_step: Callable[..., None]) -> Callable[..., None]:
+    """A trainer's `train_step`, which says how long the first one took, and how much of that torch spent compiling.
 
     Graphs are made in the first step of a launch, resumed or not: of forwards where they are first called, of
     backwards after that. torch counts both. The count is this rank's: its step also waits for the other ranks, which in
     a pipeline compile their stages one after another.
     """
-    if not (trainer.job_config.compile.enable and trainer.job_config.compile.components):
-        return
     from torch._dynamo.utils import calculate_time_spent
 
-    def told(train_step: Callable[..., None]) -> Callable[..., None]:
-        is_first = True
+    is_first = True
 
-        @functools.wraps(train_step)
-        def step(*args: Any, **kwargs: Any) -> None:
-            nonlocal is_first
-            if not is_first:
-                return train_step(*args, **kwargs)
-            is_first = False
-            compiled, start = calculate_time_spent()["total_wall_time"], time.perf_counter()
-            train_step(*args, **kwargs)
-            took, compiled = time.perf_counter() - start, calculate_time_spent()["total_wall_time"] - compiled
-            logger.info(f"LoRA: the first step took {took:.1f} s, torch.compile {compiled:.1f} s of it on this rank.")
+    @functools.wraps(train_step)
+    def step(*args: Any, **kwargs: Any) -> None:
+        nonlocal is_first
+        if not is_first:
+            return train_step(*args, **kwargs)
+        is_first = False
+        compiled, start = calculate_time_spent()["total_wall_time"], time.perf_counter()
+        train_step(*args, **kwargs)
+        took, compiled = time.perf_counter() - start, calculate_time_spent()["total_wall_time"] - compiled
+        logger.info(f"LoRA: the first step took {took:.1f} s, torch.compile {compiled:.1f} s of it on this rank.")
 
-        return step
-
-    change_trainer(trainer, "train_step", told)
+    return step
