@@ -109,11 +109,15 @@ class LoRAExperts(AdaptedModule, RoutedExperts):
             _, in_features, rank = a.shape
             bound, features, own = 1 / math.sqrt(in_features), local_indices(a, 1), local_part(a)
             for row, expert in enumerate(local_indices(a, 0).tolist()):
-                name = f"{seed}:{self.lora_canonical_name}.{weight}:{expert}"
+                name = f"{seed}:{self.canonical_weight_name(weight)}:{expert}"
                 generator = torch.Generator().manual_seed(stable_hash(name))
                 values = torch.empty(in_features, rank).uniform_(-bound, bound, generator=generator)
                 own[row].copy_(values[features])
             b.zero_()
+
+    def canonical_weight_name(self, weight: str) -> str:
+        """A weight's name on any host."""
+        return f"{self.lora_canonical_name}.{weight}"
 
     def local_updates(self, weight: str) -> Iterator[Tensor]:
         """s · B_e A_eᵀ, (1, out_features, in_features), of one expert of this rank after the other."""

@@ -80,7 +80,7 @@ def _peers(shape: tuple[int, int, int, int], device: str) -> dict[str, Callable[
 
     return {
         "frozen": lambda: step(lambda: _run_experts_grouped_mm(frozen.w1, frozen.w2, frozen.w3, x, per_expert)),
-        "ours": lambda: step(lambda: adapted._grouped(x, per_expert)),
+        "ours": lambda: step(lambda: adapted.grouped(x, per_expert)),
     }
 
 

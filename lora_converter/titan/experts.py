@@ -1,43 +1,30 @@
 """torchtitan's routed experts, packed and with adapters: its two classes of experts, on its two paths.
 
-One path loops over experts, the other takes all of them in one grouped product. Either way a product of torchtitan's is
-replaced by one with a packed weight or with an update, and the rest is torchtitan's: how rows come to experts and back,
-what stands between the products, and that the grouped path computes in bf16.
+One path takes all experts in one grouped product (`titans/experts.py`), the other loops over them. The products alone
+are replaced there, too.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torchtitan.models.gpt_oss.model.moe import GptOssGroupedExperts, ScaleBiasForward, swiglu
 from torchtitan.models.moe.moe import GroupedExperts
 from torchtitan.models.moe.utils import indices_padding_wrapper
 
 from lora_converter.experts import LoRAExperts
-from lora_converter.packed_experts import RoutedExperts
 from lora_converter.tensors import local_part
+from lora_converter.titans.experts import PerRow, Product, SwiGLUExperts, TitanExperts
 
 Tensor = torch.Tensor
 
-Product = Callable[[str, Tensor], Tensor]
-"""A weight's name and rows -> their product, each row with its own expert's weight."""
 
-PerRow = Callable[[Tensor], Tensor]
-"""What each expert adds to its rows, (experts, features) -> what is added, to fit a product."""
-
-
-class TitanExperts(RoutedExperts):
-    """Both paths. A class of torchtitan's says, in `compute`, what its experts make of their rows."""
+class BothPaths(TitanExperts):
+    """The grouped path, and the one that loops over experts."""
 
     use_grouped_mm: bool
-
-    def compute(self, x: Tensor, product: Product, per_row: PerRow) -> Tensor:
-        """x: (rows, dim), one expert's or all experts' -> (rows, dim)."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """x: (rows, dim), sorted by expert, of which the last may be padding -> (rows, dim)."""
@@ -47,9 +34,9 @@ class TitanExperts(RoutedExperts):
             return self._one_by_one(x, num_tokens_per_expert.tolist())
         weight = self.get_parameter(self.expert_weights[0])
         if _degree(weight, "ep") is not None:  # the rows come padded
-            return self._grouped(x, num_tokens_per_expert)
+            return self.grouped(x, num_tokens_per_expert)
         # Of weights it asks the first, for the number of experts.
-        padded: Callable[..., Tensor] = indices_padding_wrapper(lambda w1, w2, w3, *rows: self._grouped(*rows))
+        padded: Callable[..., Tensor] = indices_padding_wrapper(lambda w1, w2, w3, *rows: self.grouped(*rows))
         return padded(local_part(weight), None, None, x, num_tokens_per_expert)
 
     def _one_by_one(self, x: Tensor, counts: list[int]) -> Tensor:
@@ -62,31 +49,14 @@ class TitanExperts(RoutedExperts):
         outs = [one(e, part) for e, part in enumerate(x[:rows].split(counts))]
         return torch.cat([*outs, outs[0].new_zeros(x.shape[0] - rows, outs[0].shape[-1])])
 
-    def _grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """In bf16, as torchtitan."""
-        offsets = torch.cumsum(num_tokens_per_expert, dim=0, dtype=torch.int32)
 
-        def per_row(values: Tensor) -> Tensor:
-            # Rows after the last expert's get its values: they are unwritten, and nobody's.
-            rows = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
-            return values.bfloat16()[torch.bucketize(rows, offsets[:-1], right=True)]
-
-        return self.compute(x.bfloat16(), partial(self.grouped_product, offsets=offsets), per_row)
-
-
-class PackedGroupedExperts(TitanExperts):
-    """deepseek_v3's, qwen3's and llama4's: w2(silu(w1(x)) · w3(x))."""
+class PackedGroupedExperts(BothPaths, SwiGLUExperts):
+    """deepseek_v3's, qwen3's and llama4's."""
 
     expert_weights = ("w1", "w2", "w3")
 
-    def compute(self, x: Tensor, product: Product, per_row: PerRow) -> Tensor:
-        return product("w2", F.silu(product("w1", x)) * product("w3", x))
 
-    def _grouped(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        return super()._grouped(x, num_tokens_per_expert).type_as(x)
-
-
-class PackedGptOssExperts(TitanExperts):
+class PackedGptOssExperts(BothPaths):
     """gpt_oss's: mlp2(swiglu(mlp1(x))), where mlp1's rows are gate and up in turn, and each has a frozen bias."""
 
     expert_weights = ("mlp1_weight", "mlp2_weight")

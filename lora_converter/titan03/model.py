@@ -16,6 +16,7 @@ from torchtitan.tools.logging import logger
 from lora_converter.adapters import count_parameters
 from lora_converter.run.job import Job, RunConfig
 from lora_converter.swap import swap_class
+from lora_converter.titan03.experts import EXPERT_CLASSES
 from lora_converter.titan03.names import canonical_name
 from lora_converter.titan03.sharding import TitanFactor, place_adapters
 from lora_converter.titans.adapting import put_adapters, settle
@@ -50,9 +51,9 @@ def _adapting(config_class: Any) -> Any:
         try:
             check_trained_dtype(config)
             check_has_a_home(self.lora_job.config)
-            job = settle(self.lora_job, model, naming, {}, canonical_name)
+            job = settle(self.lora_job, model, naming, EXPERT_CLASSES, canonical_name)
             names = {"factor_class": TitanFactor, "canonical_name": canonical_name}
-            adapted = put_adapters(model, job, naming, {}, **names)
+            adapted = put_adapters(model, job, naming, EXPERT_CLASSES, **names)
             place_adapters(model)
             check_results(job, model, naming, adapted)
         except ValueError as e:

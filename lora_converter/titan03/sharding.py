@@ -1,25 +1,23 @@
-"""How factors lie on torchtitan 0.3's meshes: declared beside their base linear's, before the model is parallelized.
+"""How factors lie on torchtitan 0.3's meshes: declared beside their base weights', before the model is parallelized.
 
-A factor follows its linear (see `tensor_parallel.py`). Where it is whole beside a sharded weight its gradient is a
+A factor follows its weight (see `tensor_parallel.py`). Where it is whole beside a sharded weight its gradient is a
 partial sum over the ranks of tensor parallelism. It is declared `I`, invariant, all the same: `R` would have FSDP2 sum
 each such gradient by itself at every micro-batch, and they are summed once per step.
 """
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import spmd_types as spmd
 import torch
 import torch.nn as nn
-from torchtitan.distributed.parallel_dims import MeshAxisName, ParallelDims, SpmdLayout
+from torchtitan.distributed.parallel_dims import ParallelDims, SpmdLayout
 from torchtitan.distributed.spmd_types import set_current_spmd_mesh, spmd_distribute_tensor
-from torchtitan.models.common.decoder_sharding import dense_param_placement
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
 
 from lora_converter.adapted import adapted_modules
-from lora_converter.dora import CHANGE, DoRALinear
-from lora_converter.linear import LoRALinear
+from lora_converter.beside import shared_dims
 from lora_converter.packed_module import packed_weights
 from lora_converter.swap import swap_class
 from lora_converter.tensor_parallel import LoRAFactor
@@ -28,13 +26,13 @@ from lora_converter.tensor_parallel import LoRAFactor
 class TitanFactor(LoRAFactor, Module):
     """A factor that torchtitan's `Module` protocol places."""
 
-    is_whole_beside_shards: bool = False
+    whole_beside_shards: tuple[str, ...] = ()
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """torchtitan's; a factor that stays whole knows over which mesh."""
         super().parallelize(parallel_dims)
-        if self.is_whole_beside_shards and parallel_dims.tp_enabled:
-            self.whole_over = parallel_dims.get_mesh("tp")
+        if self.whole_beside_shards:
+            self.whole_over = parallel_dims.get_optional_mesh("tp")
 
 
 class TitanPacked(nn.Module):
@@ -54,30 +52,27 @@ class TitanPacked(nn.Module):
 
 
 def place_adapters(model: nn.Module) -> None:
-    """Declares where the adapters of a model lie, from what its linears' configs say of their weights."""
+    """Declares where the adapters of a model lie, from what its modules' configs say of their weights."""
     for packed in {module for module, _ in packed_weights(model)}:
         swap_class(packed, TitanPacked)
-    for linear in adapted_modules(model):
-        if not isinstance(linear, LoRALinear):
-            raise ValueError(f"{linear.lora_fqn}: torchtitan 0.3 is no host for {linear.adapter_kind} yet.")
-        own = {name: nn.init.zeros_ for name in linear.adapter_parameter_names if "." not in name}
-        vars(linear)["_param_init"] = {**(linear._param_init or {}), **own}  # its values come after
-        config: ShardingConfig | None = getattr(linear, "_sharding_config", None)
-        if config is None:
-            continue
-        of_weight = config.state_shardings["weight"].per_axis_spmd_types()[MeshAxisName.TP]
-        for name in linear.factor_names:
-            factor = linear.get_submodule(name)
-            assert isinstance(factor, TitanFactor)
-            over_tp, factor.is_whole_beside_shards = _beside(of_weight, spmd.S(1 - factor.rank_dim))
-            factor._sharding_config = ShardingConfig(state_shardings={"weight": dense_param_placement(tp=over_tp)})
-        if isinstance(linear, DoRALinear):
-            over_tp, _ = _beside(of_weight, spmd.S(0))
-            states = config.state_shardings | {CHANGE: dense_param_placement(tp=over_tp)}
-            vars(linear)["_sharding_config"] = dataclasses.replace(config, state_shardings=states)
+    for module in adapted_modules(model):
+        own = {name: nn.init.zeros_ for name in module.adapter_parameter_names if "." not in name}
+        if own and module._param_init is not None:  # where others have no place; their values come after
+            vars(module)["_param_init"] = {**module._param_init, **own}
+        config: ShardingConfig | None = getattr(module, "_sharding_config", None)
+        for name, (weight, shared) in shared_dims(module).items() if config is not None else ():
+            types = config.state_shardings[weight].per_axis_spmd_types()
+            layout = SpmdLayout({axis: _beside(its, shared) for axis, its in types.items()})
+            owner, _, last = name.rpartition(".")
+            holder: Any = module.get_submodule(owner)
+            there = holder._sharding_config or ShardingConfig(state_shardings={})
+            vars(holder)["_sharding_config"] = replace(there, state_shardings=there.state_shardings | {last: layout})
+            if any(isinstance(its, spmd.Shard) and its.dim not in shared for its in types.values()):
+                holder.whole_beside_shards += (last,)
 
 
-def _beside(of_weight: Any, features: Any) -> tuple[Any, bool]:
-    """The type over TP of what has the features of one of the weight's dims, and whether it is whole beside shards."""
-    is_whole = isinstance(of_weight, spmd.Shard) and of_weight != features
-    return (spmd.I if is_whole else of_weight), is_whole
+def _beside(of_weight: Any, shared: dict[int, int]) -> Any:
+    """The type over an axis of what lies beside a weight."""
+    if not isinstance(of_weight, spmd.Shard):
+        return of_weight
+    return spmd.S(shared[of_weight.dim]) if of_weight.dim in shared else spmd.I

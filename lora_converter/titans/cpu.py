@@ -153,6 +153,24 @@ def histc_of_integers(histc: Callable[..., torch.Tensor]) -> Callable[..., torch
     return histc_in_floats
 
 
+def all_to_all_of_any_sizes(all_to_all: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.distributed.all_to_all`, of lists of tensors, in one collective that takes pieces of any sizes."""
+
+    @functools.wraps(all_to_all)
+    def all_to_all_in_one(
+        outputs: list[torch.Tensor], inputs: list[torch.Tensor], group: Any = None, async_op: bool = False
+    ) -> None:
+        assert not async_op
+        taken, given = ([piece.numel() for piece in pieces] for pieces in (outputs, inputs))
+        flat = inputs[0].new_empty(sum(taken))
+        whole = torch.cat([piece.flatten() for piece in inputs])
+        torch.distributed.all_to_all_single(flat, whole, taken, given, group=group)
+        for out, piece in zip(outputs, flat.split(taken), strict=True):
+            out.copy_(piece.view_as(out))
+
+    return all_to_all_in_one
+
+
 def let_flex_attention_differentiate(validate_device: Callable[..., None]) -> Callable[..., None]:
     """No check: uncompiled FlexAttention is differentiable wherever its parts are."""
     return lambda query, key, value: None

@@ -1,6 +1,7 @@
 """Runs torchtitan 0.3's own trainer in this process, many times over one process group, and records what it does."""
 
 import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ DIM, LAYERS, HEADS, KV_HEADS, VOCABULARY, HIDDEN = 64, 4, 4, 2, 320, 192
 
 def _ends(inits: Any) -> dict[str, Any]:
     """The parts of a model's config that are not layers."""
-    norm = RMSNorm.Config(normalized_shape=DIM, param_init=inits._NORM_INIT)
+    norm = RMSNorm.Config(normalized_shape=DIM, eps=getattr(inits, "_EPS", 1e-5), param_init=inits._NORM_INIT)
     embedding = dict(num_embeddings=VOCABULARY, embedding_dim=DIM, param_init=inits._EMBEDDING_INIT)
     head = Linear.Config(in_features=DIM, out_features=VOCABULARY, param_init=inits._LINEAR_INIT)
     return dict(dim=DIM, vocab_size=VOCABULARY, norm=norm, tok_embeddings=Embedding.Config(**embedding), lm_head=head)
@@ -66,16 +67,43 @@ def _qwen3() -> Any:
     return qwen3.Qwen3Model.Config(**_ends(qwen3), layers=layers)
 
 
-MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {"llama3": (llama3, _llama3), "qwen3": (qwen3, _qwen3)}
-DEBUG = {"qwen3_moe": (qwen3, "debugmodel_moe"), "deepseek_v3": (deepseek_v3, "debugmodel")}
-"""torchtitan's own small models."""
+def _decided(layers: list[Any]) -> list[Any]:
+    """Layers whose routers are decided: of scores that are nearly the same a rounding would choose other experts."""
+    for layer in layers:
+        if layer.moe is not None:
+            layer.moe.router.gate.param_init = {"weight": functools.partial(torch.nn.init.normal_, std=0.5)}
+    return layers
+
+
+def _qwen3_moe() -> Any:
+    rope = CosSinRoPE.Config(dim=24, max_seq_len=1024, theta=1e6)
+    sizes = dict(n_layers=3, dim=DIM, n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=24, moe_hidden_dim=48)
+    experts = dict(num_experts=4, top_k=2, moe_comm_backend="standard")
+    layers = qwen3._build_qwen3_moe_layers(**sizes, **experts, rope=rope, attn_backend="flex")
+    return qwen3.Qwen3Model.Config(**_ends(qwen3), layers=_decided(layers))
+
+
+def _deepseek_v3() -> Any:
+    """A dense layer, then two of routed experts and a shared one."""
+    rope = ComplexRoPE.Config(dim=8, max_seq_len=1024, theta=10000.0)
+    sizes = dict(n_layers=3, n_dense_layers=1, dim=DIM, n_heads=HEADS, dense_hidden_dim=160, moe_hidden_dim=48)
+    ranks = dict(q_lora_rank=24, kv_lora_rank=40, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, mscale=1.0)
+    experts = dict(num_experts=4, num_shared_experts=1, router_top_k=2, router_score_func="sigmoid")
+    sent = dict(router_route_norm=True, moe_comm_backend="standard", non_blocking_capacity_factor=None)
+    layers = deepseek_v3._build_dsv3_layers(**sizes, **ranks, **experts, **sent, rope=rope, attn_backend="flex")
+    return deepseek_v3.DeepSeekV3Model.Config(**_ends(deepseek_v3), layers=_decided(layers), mtp_layers=[])
+
+
+MODELS: dict[str, tuple[Any, Callable[[], Any]]] = {
+    "llama3": (llama3, _llama3),
+    "qwen3": (qwen3, _qwen3),
+    "qwen3_moe": (qwen3, _qwen3_moe),
+    "deepseek_v3": (deepseek_v3, _deepseek_v3),
+}
 
 
 def spec_of(model: str) -> ModelSpec:
     """torchtitan's, of a tiny model."""
-    if model in DEBUG:
-        module, flavor = DEBUG[model]
-        return module.model_registry(flavor, attn_backend="flex")
     module, make = MODELS[model]
     return dataclasses.replace(module.model_registry("debugmodel", attn_backend="flex"), model=make(), flavor="tiny")
 

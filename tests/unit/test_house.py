@@ -41,7 +41,7 @@ FLOORS = [
     {"adapted", "chat", "packed_module", "shared"},
     {"packed_experts", "tensor_parallel"},
     {"experts", "linear", "packed_linear", "token_rows"},
-    {"dora", "new_tokens", "offset", "packing"},
+    {"beside", "dora", "new_tokens", "offset", "packing"},
     {"adapters", "fingerprint", "increments", "own_names", "state_dict", "switching"},
     {"dcp"},
     {"hf"},
