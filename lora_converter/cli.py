@@ -11,6 +11,7 @@ from lora_converter.combine import combine, describe, parse_term, subtracted
 from lora_converter.hf.peft_directory import PeftAdapter, is_peft_directory, load_peft, save_peft
 from lora_converter.inspect import describe_adapter, describe_model
 from lora_converter.merge import merge_directories
+from lora_converter.titans.chosen import host_module
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -146,8 +147,7 @@ def _combine(options: argparse.Namespace) -> str:
 
 def _plan(options: argparse.Namespace) -> str:
     sys.path.insert(0, "")  # modules that the job imports, as under torchrun -m
-    from lora_converter.titan.plan import plan_job
-
+    plan_job = host_module("plan", "`lora-converter plan`").plan_job
     logging.disable(logging.CRITICAL)  # torchtitan's and torch's log of a job that is built many times
     try:
         return str(plan_job(options.config, options.host_options, gpus=options.gpus, memory=options.memory))
@@ -156,9 +156,8 @@ def _plan(options: argparse.Namespace) -> str:
 
 
 def _chat_data(options: argparse.Namespace) -> str:
-    from lora_converter.titan.chat_show import show_chat_data
-
-    return show_chat_data(["--job.config_file", options.config, *options.options])
+    show = host_module("chat_show", "`lora-converter chat-data`").show_chat_data
+    return str(show(["--job.config_file", options.config, *options.options]))
 
 
 def _read_step(path: str, custom_import: str, *, base: str = "") -> PeftAdapter:
@@ -168,8 +167,8 @@ def _read_step(path: str, custom_import: str, *, base: str = "") -> PeftAdapter:
 
     cpu.prepare()  # before torchtitan
     from lora_converter.run.peft_io import read_step_as_peft
-    from lora_converter.titan.models import model_on_meta
 
+    model_on_meta = host_module("models", "A step folder").model_on_meta
     return read_step_as_peft(path, model_on_meta, base=base, custom_import=custom_import)
 
 

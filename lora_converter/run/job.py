@@ -52,6 +52,9 @@ class RunConfig(LoRAConfig):
     """
 
     def __post_init__(self) -> None:
+        for name in ("exclude_modules", "train_also", "new_tokens"):
+            if getattr(self, name) == [""]:  # what `--lora.exclude_modules ""` gives: torchtitan splits at commas
+                setattr(self, name, [])
         if not isinstance(self.initial_adapter_path, str):
             raise ValueError(f"lora.initial_adapter_path = {self.initial_adapter_path!r}: must be a string.")
         for name in ("accept_other_base", "save_merged"):

@@ -1,7 +1,6 @@
 """Settings of torchtitan's that cannot work with adapters, refused before any weight exists."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,9 +13,9 @@ from torchtitan.protocols import model_converter
 from torchtitan.tools.logging import logger
 
 from lora_converter.ranks import agreed_options
-from lora_converter.run.description import PARTS
 from lora_converter.titan.job import CHAT, NAME, base_of, full_phase_result
 from lora_converter.titan.packed_base import wrong_with_packed_base
+from lora_converter.titans import checks
 
 MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "
@@ -27,7 +26,7 @@ FLOAT8 = "quantize.linear.float8"
 """Of a converter."""
 
 _OF_THE_MACHINE = ("comm.", "fault_tolerance.", "job.config_file", "metrics.", "profiling.")
-"""What may differ between ranks of the job config, but for how often metrics are reduced over them."""
+"""What may differ between ranks (see `titans.checks.shared_options`)."""
 
 
 def compare_before_logging(log: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -36,17 +35,10 @@ def compare_before_logging(log: Callable[[Any], None]) -> Callable[[Any], None]:
     @functools.wraps(log)
     def compare_and_log(self: Any) -> None:
         if hasattr(self, "lora"):
-            agreed_options(_options(self))
+            agreed_options(checks.shared_options(self.to_dict(), _OF_THE_MACHINE))
         log(self)
 
     return compare_and_log
-
-
-def _options(job_config: Any) -> dict[str, Any]:
-    """The options that must be the same on all ranks, as they are written on the command line."""
-    sections = job_config.to_dict().items()
-    options = {f"{name}.{option}": value for name, section in sections for option, value in section.items()}
-    return {n: value for n, value in options.items() if n == "metrics.log_freq" or not n.startswith(_OF_THE_MACHINE)}
 
 
 def require_config_module(args: list[str]) -> None:
@@ -86,22 +78,12 @@ def check_settings(job_config: Any) -> None:
         ValueError: What was set, and what to do.
     """
     wrong = (_wrong_folders, wrong_with_packed_base, _wrong_training, _wrong_results)
-    for refused in (problem for find in wrong for problem in find(job_config)):
-        raise ValueError(refused)
+    checks.refuse_first(problem for find in wrong for problem in find(job_config))
 
 
 def _wrong_folders(job_config: Any) -> Iterator[str]:
-    config, adapter, base = job_config.checkpoint, job_config.lora.initial_adapter_path, base_of(job_config)
-    if not config.enable and (base or adapter):
-        option = "checkpoint.initial_load_path" if base else "lora.initial_adapter_path"
-        yield f"{option} is set, but nothing is loaded with checkpoint.enable = false. Set it to true."
-    if base and not os.path.isdir(base.path):
-        option = "checkpoint.initial_load_path" if config.initial_load_path else "model.hf_assets_path"
-        yield f"{option} = {base.path!r}: there is no such folder. Name the folder of the pretrained base."
-    if adapter and not os.path.isdir(adapter):
-        yield (
-            f"lora.initial_adapter_path = {adapter!r}: there is no such folder. Name a step folder or a PEFT directory."
-        )
+    lora, base = job_config.lora, base_of(job_config)
+    yield from checks.wrong_folders(job_config.checkpoint, lora, base, assets="model.hf_assets_path")
 
 
 def _wrong_training(job_config: Any) -> Iterator[str]:
@@ -126,57 +108,23 @@ def _wrong_training(job_config: Any) -> Iterator[str]:
             f"lora.full_phase on conversations under {layout}: torchtitan 0.2.2 clips other gradients there than on "
             "one rank. Set another layout, or lora.full_phase.dataset to text."
         )
-    if base_of(job_config) and not config.initial_load_model_only:
-        yield (
-            "checkpoint.initial_load_model_only = false: the base's optimizer state does not fit the adapters. "
-            "Leave it at true; a LoRA run resumes from its own checkpoint folder."
-        )
     if job_config.optimizer.early_step_in_backward:
         yield (
             "optimizer.early_step_in_backward = true: the adapters' gradients are complete only after "
             "the backward. Leave it at false; they take little memory."
         )
-    ac, dropout = job_config.activation_checkpoint, job_config.lora.dropout
-    if dropout > 0 and ac.mode in ("full", "selective") and not ac.preserve_rng_state:
-        yield (
-            f"lora.dropout = {dropout:g} with activation_checkpoint.mode = {ac.mode!r} and "
-            "activation_checkpoint.preserve_rng_state = false: what is recomputed would draw other masks than the "
-            "forward had. Set preserve_rng_state = true."
-        )
-    if unknown := [name for name in config.exclude_from_loading if name and name not in PARTS]:
-        yield (
-            f"checkpoint.exclude_from_loading: {', '.join(map(repr, unknown))} is no part of a checkpoint; the parts "
-            f"are {', '.join(PARTS)}."
-        )
+    ac, base = job_config.activation_checkpoint, base_of(job_config)
+    keeps = dict(mode=ac.mode, keeps_rng_state=ac.preserve_rng_state)
+    yield from checks.wrong_training(config, job_config.lora, base, **keeps)
 
 
 def _wrong_results(job_config: Any) -> Iterator[str]:
-    config, merges = job_config.checkpoint, job_config.lora.save_merged
-    if merges and job_config.lora.full_phase.steps > 0:
+    if job_config.lora.save_merged and job_config.lora.full_phase.steps > 0:
         yield (
             "lora.save_merged = true with lora.full_phase: the adapters' base is that phase's result, a DCP folder, "
             "and there is no Hugging Face folder to merge into. Leave save_merged at false."
         )
-    if merges and not (config.last_save_in_hf and config.initial_load_in_hf):
-        yield (
-            "lora.save_merged = true merges the last step's PEFT directory into a Hugging Face base: set "
-            "checkpoint.last_save_in_hf = true and checkpoint.initial_load_in_hf = true."
-        )
-    if merges and config.initial_load_in_hf_quantized:
-        yield (
-            "lora.save_merged = true with checkpoint.initial_load_in_hf_quantized = true: quantized weights cannot be "
-            "merged into. Leave save_merged at false and merge into an unquantized copy with `lora-converter merge`."
-        )
-    if config.last_save_in_hf and base_of(job_config) is None:
-        yield (
-            "checkpoint.last_save_in_hf = true: the adapter would be written without its base, which has no source and "
-            "is stored nowhere else. Set checkpoint.initial_load_path, or leave it at false."
-        )
-    if config.last_save_in_hf and not config.last_save_model_only:
-        yield (
-            "checkpoint.last_save_in_hf = true makes the last step a PEFT directory, which cannot hold the optimizer: "
-            "set checkpoint.last_save_model_only = true."
-        )
+    yield from checks.wrong_results(job_config.checkpoint, job_config.lora, base_of(job_config))
 
 
 def check_converter_order(converters: list[str]) -> None:

@@ -40,15 +40,6 @@ class LoRA(RunConfig):
     full_phase: FullPhase = field(default_factory=FullPhase)
     """A phase before, in which every weight is trained."""
 
-    def __post_init__(self) -> None:
-        if self.exclude_modules == [""]:  # what `--lora.exclude_modules ""` gives: torchtitan splits at commas
-            self.exclude_modules = []
-        if self.train_also == [""]:
-            self.train_also = []
-        if self.new_tokens == [""]:
-            self.new_tokens = []
-        super().__post_init__()
-
 
 @dataclass
 class JobConfig:

@@ -5,7 +5,7 @@ compile, FSDP2 -> `to_empty` -> `init_weights` -> optimizer -> checkpointer. Ada
 """
 
 import functools
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch.nn as nn
@@ -14,7 +14,7 @@ from torchtitan.protocols import BaseModel
 from torchtitan.tools.logging import logger
 
 from lora_converter.adapters import count_parameters
-from lora_converter.run.job import Job, RunConfig
+from lora_converter.run.job import Job
 from lora_converter.swap import swap_class
 from lora_converter.titan03.experts import EXPERT_CLASSES
 from lora_converter.titan03.names import canonical_name
@@ -35,9 +35,15 @@ def with_adapters(job: Job, config: Any) -> BaseModel.Config:
         config: The trainer's.
     """
     model = config.model_spec.model
-    made = _adapting(model.__class__)(**{f.name: getattr(model, f.name) for f in fields(model) if f.init})
+    made = made_of(_adapting(model.__class__), model)
     made.lora_job, made.lora_trainer_config = job, config
     return cast(BaseModel.Config, made)
+
+
+def made_of(config_class: Any, config: Any, **more: Any) -> Any:
+    """The settings that another class of configs has, too, and `more` of its own."""
+    own = [f.name for f in fields(config_class) if f.init and f.name not in more]
+    return config_class(**{name: getattr(config, name) for name in own}, **more)
 
 
 @functools.cache
@@ -50,7 +56,6 @@ def _adapting(config_class: Any) -> Any:
         naming = make_naming and make_naming(self, None)
         try:
             check_trained_dtype(config)
-            check_has_a_home(self.lora_job.config)
             job = settle(self.lora_job, model, naming, EXPERT_CLASSES, canonical_name)
             names = {"factor_class": TitanFactor, "canonical_name": canonical_name}
             adapted = put_adapters(model, job, naming, EXPERT_CLASSES, **names)
@@ -74,24 +79,6 @@ def _adapting(config_class: Any) -> Any:
     return type(f"LoRA{config_class.__name__}", (config_class,), own)
 
 
-def check_has_a_home(config: RunConfig) -> None:
-    """Refuses what `[lora]` has for torchtitan 0.2.2 alone.
-
-    Raises:
-        ValueError: The option is set.
-    """
-    if config.new_tokens:
-        raise ValueError(
-            "lora.new_tokens: a model of torchtitan 0.3 has the rows that its config says, and none for new tokens. "
-            "Train them on torchtitan 0.2.2, or leave new_tokens out."
-        )
-    if config.loss_chunk_tokens > 0:
-        raise ValueError(
-            f"lora.loss_chunk_tokens = {config.loss_chunk_tokens}: torchtitan 0.3's loss has chunks of its own. Leave "
-            "loss_chunk_tokens out, and set loss.num_chunks."
-        )
-
-
 def unfuse_qkv(config: BaseModel.Config) -> None:
     """Takes q, k and v of attention apart, in place: linears of their own, under the same checkpoint keys."""
     init = {"weight": functools.partial(nn.init.trunc_normal_, std=0.02), "bias": nn.init.zeros_}
@@ -100,9 +87,7 @@ def unfuse_qkv(config: BaseModel.Config) -> None:
         whole, head_dim = fused.wqkv, fused.head_dim
 
         def linear(heads: int, whole: Any = whole, head_dim: int = head_dim) -> Any:
-            return type(whole)(
-                in_features=whole.in_features, out_features=heads * head_dim, bias=whole.bias, param_init=init
-            )
+            return replace(whole, out_features=heads * head_dim, param_init=init)  # of its class: float8, say
 
         apart = QKVLinear.Config(head_dim=head_dim, wq=linear(fused.n_heads), wkv=linear(fused.n_kv_heads))
         setattr(parent, cast(str, name), apart)

@@ -1,8 +1,9 @@
 """torchtitan 0.3's trainer for a model with adapters, and the config of such a job."""
 
+import copy
 import os
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torchtitan.components.checkpointer import CheckpointManager
@@ -12,7 +13,8 @@ from torchtitan.trainer import Trainer
 from lora_converter.run.job import Job, RunConfig
 from lora_converter.tensor_parallel import sum_partial_gradients
 from lora_converter.titan03.checkpoint import LoRACheckpointManager
-from lora_converter.titan03.model import unfuse_qkv, with_adapters
+from lora_converter.titan03.checks import check_has_no_adapters, check_settings
+from lora_converter.titan03.model import made_of, unfuse_qkv, with_adapters
 from lora_converter.titan03.optimizer import LoRAOptimizers
 from lora_converter.titans import job
 from lora_converter.titans.compiling import compiles, first_step_told
@@ -31,11 +33,18 @@ class LoRATrainer(Trainer):
         def __post_init__(self) -> None:
             Trainer.Config.__post_init__(self)
 
+        def maybe_log(self) -> None:
+            """torchtitan's, which it calls once ranks can talk, before anything is built: the place to refuse."""
+            check_settings(self)
+            Trainer.Config.maybe_log(self)
+
     def __init__(self, config: Any):  # a Config; torchtitan has no types
         spec = config.model_spec
         assert spec is not None
         check_masks_are_kept(config.lora.dropout, config.activation_checkpoint)
-        unfuse_qkv(spec.model)
+        model = copy.deepcopy(spec.model)  # the caller may build from it again
+        unfuse_qkv(model)
+        config = replace(config, model_spec=replace(spec, model=model))
         self._groups_left = 0
         super().__init__(
             replace(
@@ -70,9 +79,12 @@ def lora(config: Trainer.Config, **settings: Any) -> LoRATrainer.Config:
     Args:
         config: Of torchtitan's registry, or like one.
         settings: Of `[lora]`, see `RunConfig`; `--lora.*` on the command line.
+
+    Raises:
+        ValueError: A setting is wrong, or the model has adapters already.
     """
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-    return LoRATrainer.Config(**kept, lora=RunConfig(**settings))
+    check_has_no_adapters(config)
+    return cast(LoRATrainer.Config, made_of(LoRATrainer.Config, config, lora=RunConfig(**settings)))
 
 
 def job_of(config: LoRATrainer.Config) -> Job:
@@ -109,4 +121,4 @@ def _data_of(config: LoRATrainer.Config) -> dict[str, Any]:
 def _as(config_class: Any, config: Any) -> Any:
     """The same settings, of a class that builds ours."""
     assert type(config) in (CheckpointManager.Config, OptimizersContainer.Config), type(config)
-    return config_class(**{f.name: getattr(config, f.name) for f in fields(config) if f.init})
+    return made_of(config_class, config)

@@ -1,0 +1,41 @@
+"""Settings of torchtitan 0.3's that cannot work with adapters, refused before any weight exists."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torchtitan.components import lora as host_lora
+
+from lora_converter.ranks import agreed_options, together
+from lora_converter.titans import checks, job
+
+_OF_THE_MACHINE = ("comm.", "metrics.", "profiler.", "model_spec.")
+
+
+def check_settings(config: Any) -> None:
+    """Refuses settings that cannot work with adapters, and ranks that were given different ones. On all ranks."""
+    agreed_options(checks.shared_options(config.to_dict(), _OF_THE_MACHINE))
+    together(lambda: checks.refuse_first(_problems(config)))
+
+
+def _problems(config: Any) -> Iterator[str]:
+    checkpoint, lora, ac = config.checkpoint, config.lora, config.activation_checkpoint
+    base = job.base_of(checkpoint, config.hf_assets_path)
+    mode = type(ac).__qualname__.lower().removesuffix("ac.config")  # "full", "selective", "nonetype"
+    yield from checks.wrong_folders(checkpoint, lora, base, assets="hf_assets_path")
+    yield from checks.wrong_training(checkpoint, lora, base, mode=mode, keeps_rng_state=not ac or ac.preserve_rng_state)
+    yield from checks.wrong_results(checkpoint, lora, base)
+    if lora.new_tokens:
+        yield f"lora.new_tokens = {lora.new_tokens!r} does not work with torchtitan 0.3 yet. Leave it out, or take 0.2.2."
+    if lora.loss_chunk_tokens > 0:
+        yield f"lora.loss_chunk_tokens = {lora.loss_chunk_tokens}: set torchtitan 0.3's loss.num_chunks in its place."
+
+
+def check_has_no_adapters(config: Any) -> None:
+    """Raises a ValueError if a job has adapters already, ours or torchtitan's."""
+    if hasattr(config, "lora"):
+        raise ValueError("The config has adapters already. Call lora() once, with all settings.")
+    if type(config.model_spec.model) in host_lora._frozen_config_class_cache.values():
+        raise ValueError(
+            "The model's config went through torchtitan's own LoRAConverter (torchtitan.components.lora), which puts "
+            "other adapters on. Leave it out of model_registry(converters=...)."
+        )

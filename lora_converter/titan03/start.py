@@ -1,0 +1,18 @@
+"""A job on torchtitan 0.3, from its own command line or from 0.2.2's."""
+
+import sys
+
+from lora_converter.titan03.cpu_changes import install
+
+
+def main() -> None:
+    """Trains the job that the command line describes: `--module` and `--config`, or `--job.config_file`."""
+    install()
+    from torchtitan import train
+
+    from lora_converter.titan03 import from_toml
+
+    if not any(argument.partition("=")[0] in ("--module", "--config") for argument in sys.argv):
+        from_toml.arguments = sys.argv[1:]
+        sys.argv[1:] = ["--module", from_toml.__name__, "--config", from_toml.job.__name__]
+    train.main()

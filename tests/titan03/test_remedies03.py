@@ -1,0 +1,112 @@
+"""What messages of torchtitan 0.3's host ask for: done, the job is what it would have been."""
+
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs03 import host_config, train, trained_tensors
+from torchtitan.components.lora import LoRAConverter
+from torchtitan.models import llama3
+
+from lora_converter.cli import main
+from lora_converter.titan03 import from_toml, lora
+from lora_converter.titan03.checks import check_settings
+from lora_converter.titans import chosen
+
+
+def say(version: str | None) -> Any:
+    def found(name: str) -> str:
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    return found
+
+
+@pytest.mark.parametrize("version", [None, "0.2.1"])
+def test_a_host_is_installed_by_an_extra(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen.room() == "titan03"
+    monkeypatch.setattr(importlib.metadata, "version", say(version))
+    with pytest.raises(ValueError) as error:
+        chosen.room()
+    for extra, then in (("titan022", "0.2.2"), ("titan03", "0.3.0")):
+        assert f"`pip install lora-converter[{extra}]`" in str(error.value)
+        assert "Install one with" in str(error.value) and "in an environment of its own" in str(error.value)
+        monkeypatch.setattr(importlib.metadata, "version", say(then))
+        assert chosen.room() == chosen.ROOMS[then]
+
+
+def test_what_needs_the_other_torchtitan_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "configs/debug_lora.toml"]) == 1
+    told = capsys.readouterr().err
+    assert "`lora-converter plan` does not work with torchtitan 0.3 yet: it is built from parts of" in told
+    assert "Use an environment with `pip install lora-converter[titan022]`." in told
+    monkeypatch.setattr(importlib.metadata, "version", say("0.2.2"))
+    assert importlib.util.find_spec(f"lora_converter.{chosen.room()}.plan") is not None
+
+
+def toml_job(*arguments: str) -> Any:
+    from_toml.arguments = list(arguments)
+    return from_toml.job()
+
+
+def test_a_job_is_named() -> None:
+    with pytest.raises(ValueError, match=r"No job is named: give --job.config_file my.toml, or --module and --config"):
+        toml_job("--training.steps=3")
+    assert toml_job("--training.steps=3", "--job.config_file", "configs/debug_lora.toml").training.steps == 3
+
+
+PARTS = {
+    "print the model from a config function": "--model.print_after_conversion",
+    "train it as a job of its own": "--lora.full_phase.steps=3",
+    "it is that of training": "--validation.seq_len=64",
+}
+
+
+@pytest.mark.parametrize("asked", PARTS)
+def test_what_cannot_be_translated_is_left_out(asked: str) -> None:
+    job = ["--job.config_file=configs/debug_lora.toml", "--validation.enable"]
+    with pytest.raises(ValueError, match=asked):
+        toml_job(*job, PARTS[asked])
+    assert toml_job(*job).validator.enable
+
+
+def test_the_first_of_two_phases_is_a_job_of_its_own(tmp_path: Path) -> None:
+    first = host_config(tmp_path / "all", training__steps=1, checkpoint__last_save_model_only=True)
+    result = train(first).trainer.checkpointer.folder + "/step-1"
+    run = train(lora(host_config(tmp_path / "lora", training__steps=1, checkpoint__initial_load_path=result), rank=4))
+    assert trained_tensors(run) == 56
+
+
+def test_adapters_are_put_on_once(tmp_path: Path) -> None:
+    plain = host_config(tmp_path)
+    with pytest.raises(ValueError, match=r"Call lora\(\) once, with all settings"):
+        lora(lora(plain, rank=4), alpha=8.0)
+    assert lora(plain, rank=4, alpha=8.0).lora.alpha == 8.0
+    plain.model_spec = llama3.model_registry("debugmodel", converters=[LoRAConverter.Config(rank=8)])
+    with pytest.raises(ValueError, match=r"Leave it out of model_registry\(converters=...\)"):
+        lora(plain)
+    plain.model_spec = llama3.model_registry("debugmodel", converters=[])
+    lora(plain)
+
+
+def test_settings_that_nothing_acts_on_are_left_out(tmp_path: Path) -> None:
+    for setting in (dict(base_format="nf4"), dict(new_tokens=["<a>"]), dict(train_also_lr=1e-3)):
+        with pytest.raises(ValueError, match=r"does not work with torchtitan 0.3 yet\. Leave it out, or take 0.2.2"):
+            check_settings(lora(host_config(tmp_path), **setting))
+    check_settings(lora(host_config(tmp_path)))
+
+
+def test_the_loss_has_chunks_of_its_own(tmp_path: Path) -> None:
+    chunks = "set torchtitan 0.3's loss.num_chunks in its place"
+    with pytest.raises(ValueError, match=f"lora.loss_chunk_tokens = 64: {chunks}"):
+        check_settings(lora(host_config(tmp_path), loss_chunk_tokens=64))
+    one, many = (
+        train(lora(host_config(tmp_path / str(n), training__steps=1, loss__num_chunks=n), rank=4)).losses
+        for n in (1, 4)
+    )
+    assert one == pytest.approx(many, rel=1e-5)  # sums in another order
