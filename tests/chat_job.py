@@ -5,7 +5,6 @@ import random
 import shutil
 from pathlib import Path
 
-from harness import ROOT
 from tokenizers import Tokenizer
 
 TEMPLATE = (
@@ -45,7 +44,7 @@ def chat_options(folder: Path, *, count: int = 120, seq_len: int = 256) -> list[
     tokenizer = folder / "tokenizer"
     if not folder.exists():
         folder.mkdir(parents=True)
-        shutil.copytree(ROOT / "tests/assets/tokenizer", tokenizer)
+        shutil.copytree(Path(__file__).parent / "assets" / "tokenizer", tokenizer)
         made = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
         made.add_special_tokens(["<bos>", "<eos>"])
         made.save(str(tokenizer / "tokenizer.json"))

@@ -55,16 +55,19 @@ class ValidationOrder:
     All ranks have equally many batches; where rows run out, rows of padding without labels fill them up.
     """
 
-    def __init__(self, rows: Rows, *, local_batch: int, crew: Crew) -> None:
-        self.rows, self._local, self._crew = rows.with_seed(0), local_batch, crew
+    def __init__(self, rows: Rows, *, local_batch: int, crew: Crew, parts: int = 1) -> None:
+        """Args: parts: Of a local batch, each handed out by itself: its number divides that of the rows."""
+        self.rows, self._local, self._crew, self._parts = rows.with_seed(0), local_batch, crew, parts
 
     def __len__(self) -> int:
-        return -(-self.rows.per_epoch // (self._local * self._crew.world))
+        return -(-self.rows.per_epoch // (self._local * self._crew.world)) * self._parts
 
     def __iter__(self) -> Iterator[Batch]:
+        size = self._local // self._parts
         for n in range(len(self)):
-            first = (n * self._crew.world + self._crew.rank) * self._local
-            numbers = range(first, first + self._local)
+            whole, part = divmod(n, self._parts)
+            first = (whole * self._crew.world + self._crew.rank) * self._local + part * size
+            numbers = range(first, first + size)
             yield stacked([self.rows.row(k) if k < self.rows.per_epoch else self.rows.empty() for k in numbers])
 
 

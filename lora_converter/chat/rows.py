@@ -32,6 +32,13 @@ class Batch:
     something to attend to: itself.
     """
 
+    @property
+    def positions(self) -> Ints:
+        """Counted from 0 in each document, padding included."""
+        places = np.arange(self.documents.shape[-1])
+        begins = np.diff(self.documents, axis=-1, prepend=-1) != 0
+        return places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+
 
 class Rows:
     """Rows are made when they are asked for; the plan of one epoch is kept."""

@@ -7,23 +7,21 @@ dataset the copy does what the spec does.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.metrics import build_metrics_processor
-from torchtitan.tools.logging import logger
 
-from lora_converter.chat import rows as chat_rows
 from lora_converter.chat.crew import Crew
-from lora_converter.chat.order import TrainingOrder, ValidationOrder
-from lora_converter.chat.rows import Rows, steps_for
-from lora_converter.titan.chat_data import ChatData
-from lora_converter.titan.chat_validation import Batch, ChatValidator
+from lora_converter.chat.order import ValidationOrder
+from lora_converter.chat.rows import Batch as Rows
+from lora_converter.titan.chat_validation import ChatValidator
 from lora_converter.titan.documents import DOCUMENTS, flex_arguments, with_document_masks
-from lora_converter.titan.job import CHAT
+from lora_converter.titan.new_tokens import has_rows_for_all, new_tokens_of
+from lora_converter.titans import chat
+from lora_converter.titans.chat import Batch
+from lora_converter.titans.chat_data import CHAT, ChatData, Conversations, Files
 
 
 def offer_chat(get_train_spec: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -41,7 +39,7 @@ def _with_chat(spec: Any) -> Any:
     job_spec = dataclasses.replace(spec)
 
     def build_dataloader(*, job_config: Any, dp_world_size: int, dp_rank: int, **kwargs: Any) -> Any:
-        validates = job_config.validation.enable and job_config.validation.dataset.lower() == CHAT
+        validates = job_config.validation.enable and validates_on_chat(job_config)
         if job_config.training.dataset.lower() != CHAT:
             if validates:
                 raise ValueError('validation.dataset = "chat" is for jobs with training.dataset = "chat".')
@@ -76,16 +74,10 @@ class ChatJob:
         self.documents = job_config.chat.packing == "documents"
         if self.documents:
             self._flex = flex_arguments(self._model_args, job_config)
-        self.data = ChatData(job_config, self._model_args)
+        self.data = ChatData(conversations_of(job_config, self._model_args))
         training = job_config.training
-        self.loader = ChatLoader(self.data.rows, training.local_batch_size, data_ranks, self.data.encoder.added_tokens)
-        global_batch = training.global_batch_size
-        if global_batch < 0:
-            global_batch = training.local_batch_size * data_ranks.world
-        if job_config.chat.epochs:
-            rows = self.data.rows.per_epoch
-            training.steps = steps_for(job_config.chat.epochs, rows_per_epoch=rows, global_batch=global_batch)
-        logger.info(self.data.describe(global_batch))
+        self.loader = ChatLoader(*self.data.batches(data_ranks, training.local_batch_size))
+        self.data.begin(training, data_ranks.world)
 
     def change(self, job_spec: Any, *, validates: bool) -> None:
         """Puts into the job's spec what conversations take.
@@ -98,7 +90,7 @@ class ChatJob:
             job_spec.model_args = {**self.spec.model_args, self.job_config.model.flavor: self._flex}
             job_spec.model_cls = with_document_masks(self.spec.model_cls)
         if validation.enable and (validates or self.data.validation is not None):
-            rows = self.data.validation_rows(own_path=validates)
+            rows = self.data.validation_rows()
             order = ValidationOrder(rows, local_batch=validation.local_batch_size, crew=self._data_ranks)
             batches = functools.partial(_validation_batches, order, validation.steps, self.documents)
             job_spec.build_validator_fn = lambda **kwargs: ChatValidator(batches, **kwargs)
@@ -106,78 +98,54 @@ class ChatJob:
 
     def _build_metrics(self, *args: Any, **kwargs: Any) -> Any:
         processor = (self.spec.build_metrics_processor_fn or build_metrics_processor)(*args, **kwargs)
-        log = processor.log
-
-        def log_with_chat(*values: Any, extra_metrics: dict[str, Any] | None = None, **options: Any) -> None:
-            log(*values, extra_metrics={**(extra_metrics or {}), **self.loader.metrics()}, **options)
-
-        processor.log = log_with_chat
+        processor.log = self.loader.log_beside(processor.log)
         return processor
 
 
-class ChatLoader(BaseDataLoader):
-    """Batches of rows for torchtitan: {"input", "documents"} and labels, (rows, seq_len) int64.
-
-    Its state is the number of rows that all ranks have consumed, and what they are made of, so that any layout goes on.
-
-    Args:
-        added: Id -> text of the tokenizer's added tokens.
-    """
-
-    def __init__(self, rows: Rows, local_batch: int, data_ranks: Crew, added: dict[int, str]):
-        self.order = TrainingOrder(rows, local_batch=local_batch, crew=data_ranks)
-        self._logged, self._added = 0, added
+class ChatLoader(chat.ChatLoader, BaseDataLoader):
+    """Batches of rows for torchtitan: {"input", "documents"} and labels, (rows, seq_len) int64."""
 
     def __iter__(self) -> Iterator[Batch]:
         documents = self.order.rows.packing == "documents"
         for batch in self.order:
-            yield as_tensors(batch, documents=documents)
-
-    def metrics(self) -> dict[str, float]:
-        """Of the rows of all ranks since the last call.
-
-        Returns:
-            `chat/epoch`: how often the data have been seen; `chat/trained_tokens`: what the loss was over; `chat/fill`:
-            the share of positions that are no padding, which torchtitan's tokens per second and MFU count as well.
-        """
-        order, dataset = self.order, self.order.rows.dataset
-        examples = [order.rows.examples(k) for k in range(self._logged, order.consumed)]
-        self._logged = order.consumed
-        trained, filled = (sum(map(count, examples)) for count in (dataset.count_trained, dataset.count_inputs))
-        positions = max(len(examples), 1) * order.rows.seq_len
-        return {"chat/epoch": order.epoch, "chat/trained_tokens": trained, "chat/fill": filled / positions}
-
-    def trained_special_tokens(self) -> dict[int, str]:
-        """Those of the added tokens that the loss is over, in the first examples, which are like the others in that."""
-        dataset, seen = self.order.rows.dataset, set[int]()
-        for number in range(min(len(dataset), 1000)):
-            ids, trained = dataset.example(number)
-            seen.update(ids[trained].tolist())
-        return {index: text for index, text in self._added.items() if index in seen}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The same on all ranks."""
-        state = self.order.state_dict()
-        return {"rows": state["rows"], "fingerprint": json.dumps(state["fingerprint"], sort_keys=True)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `TrainingOrder.load_state_dict`."""
-        if not state_dict:
-            return
-        self.order.load_state_dict({**state_dict, "fingerprint": json.loads(state_dict["fingerprint"])})
-        self._logged = self.order.consumed
+            yield _as_tensors(batch, documents=documents)
 
 
-def as_tensors(batch: chat_rows.Batch, *, documents: bool) -> Batch:
-    """A batch as torchtitan takes it."""
-    inputs = {"input": torch.from_numpy(batch.input)}
-    if documents:
-        inputs[DOCUMENTS] = torch.from_numpy(batch.documents)
-    return inputs, torch.from_numpy(batch.label)
+def _as_tensors(batch: Rows, *, documents: bool) -> Batch:
+    return chat.as_tensors(batch, **{DOCUMENTS: batch.documents} if documents else {})
 
 
 def _validation_batches(order: ValidationOrder, steps: int, documents: bool) -> Iterator[Batch]:
     for number, batch in enumerate(order):
         if number == steps:  # -1: all of them
             return
-        yield as_tensors(batch, documents=documents)
+        yield _as_tensors(batch, documents=documents)
+
+
+def validates_on_chat(job_config: Any) -> bool:
+    """Whether the job's own files of validation are conversations."""
+    return bool(job_config.validation.dataset.lower() == CHAT)
+
+
+def conversations_of(job_config: Any, model_args: Any) -> Conversations:
+    """What a job config says of its conversations.
+
+    Args:
+        model_args: torchtitan's, of the job's flavor.
+    """
+
+    def files(section: str, *, given: bool = True) -> Files:
+        settings = getattr(job_config, section)
+        path = settings.dataset_path if given else None
+        return Files(path, settings.seq_len, f"{section}.dataset_path", f"{section}.seq_len")
+
+    return Conversations(
+        chat=job_config.chat,
+        training=files("training"),
+        validation=files("validation", given=validates_on_chat(job_config)),
+        assets=job_config.model.hf_assets_path,
+        folder=job_config.job.dump_folder,
+        seed=job_config.debug.seed or 0,
+        vocab_size=None if has_rows_for_all(job_config) else getattr(model_args, "vocab_size", None),
+        new_tokens=tuple(new_tokens_of(job_config)),
+    )

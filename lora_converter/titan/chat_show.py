@@ -21,14 +21,15 @@ def show_chat_data(arguments: list[str]) -> str:
     from torchtitan.config import ConfigManager
     from torchtitan.protocols.train_spec import get_train_spec
 
-    from lora_converter.titan.chat_data import ChatData
-    from lora_converter.titan.job import CHAT
+    from lora_converter.titan.chat import conversations_of
+    from lora_converter.titans.chat_data import CHAT, ChatData
 
     job_config = ConfigManager().parse_args(arguments)
     training = job_config.training
     if training.dataset.lower() != CHAT:
         raise ValueError(f'training.dataset = {training.dataset!r}: set it to "chat".')
-    data = ChatData(job_config, get_train_spec(job_config.model.name).model_args[job_config.model.flavor])
+    model_args = get_train_spec(job_config.model.name).model_args[job_config.model.flavor]
+    data = ChatData(conversations_of(job_config, model_args))
     one_rank = training.global_batch_size <= 0
     global_batch = training.local_batch_size if one_rank else training.global_batch_size
     ids, trained = data.rows.dataset.example(0)

@@ -17,8 +17,7 @@ from torchtitan.tools import utils
 
 from lora_converter.tensors import full_tensor
 from lora_converter.titan.head import without_logits
-
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+from lora_converter.titans.chat import Batch
 
 
 class ChatValidator(Validator):

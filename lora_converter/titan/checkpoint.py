@@ -7,9 +7,6 @@ from typing import Any
 import torch.nn as nn
 from torchtitan.components.checkpoint import CheckpointManager
 
-from lora_converter.run.description import DATALOADER
-from lora_converter.titan.chat import ChatLoader
-from lora_converter.titan.end_tokens import warn_of_untrained_tokens
 from lora_converter.titan.host import TitanHost
 from lora_converter.titans.checkpointer import RunCheckpointer
 from lora_converter.titans.model import is_converted, lora_model
@@ -25,16 +22,6 @@ class LoRACheckpointManager(RunCheckpointer, CheckpointManager):
         host = TitanHost(model_parts, self.states, adapter)
         host.prepare_trainer(model.lora_flops_not_spent)
         self.begin_run(host)
-
-    def load(self, step: int = -1) -> bool:
-        """See `Run.load`; then a look at the tokens that conversations end with."""
-        if not self.enable:
-            return self.begin_without_loading()
-        loaded = self.run.load(step)
-        loader = self.states.get(DATALOADER)
-        if loaded and isinstance(loader, ChatLoader):
-            warn_of_untrained_tokens(self.run.host.model_parts, loader.trained_special_tokens())
-        return loaded
 
     def wait(self) -> None:
         """See `RunCheckpointer.wait`."""

@@ -13,9 +13,10 @@ from torchtitan.protocols import model_converter
 from torchtitan.tools.logging import logger
 
 from lora_converter.ranks import agreed_options
-from lora_converter.titan.job import CHAT, NAME, base_of, full_phase_result
+from lora_converter.titan.job import NAME, base_of, full_phase_result
 from lora_converter.titan.packed_base import wrong_with_packed_base
 from lora_converter.titans import checks
+from lora_converter.titans.chat_data import CHAT
 
 MISSING_CONFIG_MODULE = (
     "LoRA is used, but job.custom_config_module is not set, so there is no [lora] section: "

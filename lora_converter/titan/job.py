@@ -5,9 +5,7 @@ from typing import Any
 
 from lora_converter.run.job import Base, Job
 from lora_converter.titans import job
-
-CHAT = "chat"
-"""The dataset that is conversations (see `chat.py`)."""
+from lora_converter.titans.chat_data import CHAT
 
 NAME = "lora"
 """Of our converter."""

@@ -29,13 +29,6 @@ class LoRACheckpointManager(RunCheckpointer, CheckpointManager):
             }
         self.begin_run(TitanHost(model_parts, self.states, sd_adapter))
 
-    def load(self, step: int = -1) -> bool:
-        """torchtitan's; what begins at the base's weights does so with checkpoints off, too."""
-        return super().load(step) if self.enable else self.begin_without_loading()
-
-    def _load(self, step: int = -1) -> bool:
-        return self.run.load(step)
-
     def wait(self) -> None:
         """See `RunCheckpointer.wait`."""
         self.maybe_wait_for_saving()

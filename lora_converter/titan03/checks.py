@@ -25,9 +25,15 @@ def _problems(config: Any) -> Iterator[str]:
     yield from checks.wrong_training(checkpoint, lora, base, mode=mode, keeps_rng_state=not ac or ac.preserve_rng_state)
     yield from checks.wrong_results(checkpoint, lora, base)
     if lora.new_tokens:
-        yield f"lora.new_tokens = {lora.new_tokens!r} does not work with torchtitan 0.3 yet. Leave it out, or take 0.2.2."
+        yield (
+            f"lora.new_tokens = {lora.new_tokens}: a model of torchtitan 0.3 has the rows that its config says, and "
+            "none for new tokens. Train them on torchtitan 0.2.2, or leave new_tokens out."
+        )
     if lora.loss_chunk_tokens > 0:
-        yield f"lora.loss_chunk_tokens = {lora.loss_chunk_tokens}: set torchtitan 0.3's loss.num_chunks in its place."
+        yield (
+            f"lora.loss_chunk_tokens = {lora.loss_chunk_tokens}: torchtitan 0.3's own loss takes the output head, in "
+            "equal parts of a row. Leave it out, and set --loss.num_chunks."
+        )
 
 
 def check_has_no_adapters(config: Any) -> None:

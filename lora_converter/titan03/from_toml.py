@@ -13,10 +13,12 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from lora_converter.titan03.conversations import ChatLoader, chat
 from lora_converter.titan03.model import made_of
 from lora_converter.titan03.models import spec_of
 from lora_converter.titan03.trainer import lora
-from lora_converter.titans.job_file import CHAT, read_job
+from lora_converter.titans.chat_data import CHAT
+from lora_converter.titans.job_file import read_job
 
 _MODES = {"none": None, "full": FullAC.Config, "selective": SelectiveAC.Config, "memory_budget": MemoryBudgetAC.Config}
 _OTHER_NAMES = {"profiler": "profiling", "validator": "validation"}
@@ -61,11 +63,14 @@ def job() -> Any:
         activation_checkpoint=(ac_class := _MODES[ac.mode]) and made_of(ac_class, ac),
         **same,
     )
+    if file.training.dataset.lower() == CHAT:
+        config = chat(config, file.training.dataset_path or "", **vars(file.chat))
     return lora(config, **vars(file.lora)) if "lora" in model.converters else config
 
 
 def _loader(section: Any) -> Any:
-    """Where [training] or [validation] reads its data; conversations, once they are read here, from [chat]."""
-    assert section.dataset.lower() != CHAT, "refused by read_job"
+    """Where [training] or [validation] reads its data."""
+    if section.dataset.lower() == CHAT:
+        return ChatLoader.Config(dataset_path=section.dataset_path)
     names = {"dataset": section.dataset, "dataset_path": section.dataset_path}
     return HuggingFaceTextDataLoader.Config(**names, **vars(section.dataloader))

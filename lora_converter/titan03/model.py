@@ -5,6 +5,7 @@ compile, FSDP2 -> `to_empty` -> `init_weights` -> optimizer -> checkpointer. Ada
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -27,11 +28,11 @@ from lora_converter.titans.peft import check_results
 from lora_converter.titans.precision import check_trained_dtype, frozen_parameters, store_in_compute_dtype
 
 
-def with_adapters(job: Job, config: Any) -> BaseModel.Config:
+def with_adapters(job: Callable[[], Job], config: Any) -> BaseModel.Config:
     """The config of a job's model that builds it with adapters.
 
     Args:
-        job: Its `config` says where.
+        job: Asked once the model is built; its `config` says where.
         config: The trainer's.
     """
     model = config.model_spec.model
@@ -54,15 +55,16 @@ def _adapting(config_class: Any) -> Any:
         model: nn.Module = config_class.build(self, **kwargs)
         config, make_naming = self.lora_trainer_config, self.lora_trainer_config.model_spec.state_dict_adapter
         naming = make_naming and make_naming(self, None)
+        said: Job = self.lora_job()
         try:
             check_trained_dtype(config)
-            job = settle(self.lora_job, model, naming, EXPERT_CLASSES, canonical_name)
+            job = settle(said, model, naming, EXPERT_CLASSES, canonical_name)
             names = {"factor_class": TitanFactor, "canonical_name": canonical_name}
             adapted = put_adapters(model, job, naming, EXPERT_CLASSES, **names)
             place_adapters(model)
             check_results(job, model, naming, adapted)
         except ValueError as e:
-            raise ValueError(f"{self.lora_job.model}/{self.lora_job.flavor}: {e}") from None
+            raise ValueError(f"{said.model}/{said.flavor}: {e}") from None
         store_in_compute_dtype(frozen_parameters(model), config.training)  # FSDP2 is always there, and casts all
         allow_kinds_of_layers(model, config)
         converted = swap_class(model, LoRAModel)

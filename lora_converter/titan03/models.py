@@ -8,6 +8,7 @@ from torchtitan.models import _supported_models
 from torchtitan.protocols.model_spec import ModelSpec
 
 from lora_converter.run.host import HostModel
+from lora_converter.titan03.experts import EXPERT_CLASSES
 from lora_converter.titan03.model import unfuse_qkv
 from lora_converter.titan03.names import canonical_name
 
@@ -43,4 +44,4 @@ def model_on_meta(model: str, flavor: str, custom_import: str = "") -> HostModel
         raise ValueError(f"{model} has no StateDictAdapter to name Hugging Face's modules by.")
     unfuse_qkv(spec.model)
     with torch.device("meta"):
-        return HostModel(spec.model.build(), spec.state_dict_adapter(spec.model, None), {}, canonical_name)
+        return HostModel(spec.model.build(), spec.state_dict_adapter(spec.model, None), EXPERT_CLASSES, canonical_name)

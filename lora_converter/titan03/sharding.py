@@ -6,7 +6,7 @@ each such gradient by itself at every micro-batch, and they are summed once per 
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import spmd_types as spmd
 import torch
@@ -42,7 +42,7 @@ class TitanPacked(nn.Module):
         self, parallel_dims: ParallelDims, name: str, tensor: torch.Tensor, layout: SpmdLayout, *, is_param: bool
     ) -> None:
         if tensor.is_floating_point():
-            distribute: Any = super()._spmd_distribute_state  # type: ignore[misc]
+            distribute: Any = cast(Any, super())._spmd_distribute_state
             return distribute(parallel_dims, name, tensor, layout, is_param=is_param)
         mesh = parallel_dims.get_optional_mesh([axis.value for axis in layout.axes()], include_singleton_axes=True)
         own = nn.Parameter(spmd_distribute_tensor(tensor, mesh, layout), requires_grad=False)

@@ -1,6 +1,7 @@
 """torchtitan 0.3's trainer for a model with adapters, and the config of such a job."""
 
 import copy
+import functools
 import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
@@ -14,18 +15,20 @@ from lora_converter.run.job import Job, RunConfig
 from lora_converter.tensor_parallel import sum_partial_gradients
 from lora_converter.titan03.checkpoint import LoRACheckpointManager
 from lora_converter.titan03.checks import check_has_no_adapters, check_settings
+from lora_converter.titan03.conversations import ChatLoader, ChatTrainer
 from lora_converter.titan03.model import made_of, unfuse_qkv, with_adapters
 from lora_converter.titan03.optimizer import LoRAOptimizers
 from lora_converter.titans import job
+from lora_converter.titans.chat_data import CHAT
 from lora_converter.titans.compiling import compiles, first_step_told
 from lora_converter.titans.selective_ac import ask_about_products, check_masks_are_kept
 
 
-class LoRATrainer(Trainer):
+class LoRATrainer(ChatTrainer):
     """torchtitan's, of a model with adapters."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(Trainer.Config):
+    class Config(ChatTrainer.Config):
         """torchtitan's, with the options of `[lora]`."""
 
         lora: RunConfig = field(default_factory=RunConfig)
@@ -49,7 +52,7 @@ class LoRATrainer(Trainer):
         super().__init__(
             replace(
                 config,
-                model_spec=replace(spec, model=with_adapters(job_of(config), config)),
+                model_spec=replace(spec, model=with_adapters(functools.partial(job_of, config), config)),
                 checkpoint=_as(LoRACheckpointManager.Config, config.checkpoint),
                 optimizer=_as(LoRAOptimizers.Config, config.optimizer),
             )
@@ -100,7 +103,7 @@ def job_of(config: LoRATrainer.Config) -> Job:
         folder=os.path.join(config.dump_folder, checkpoint.folder),
         base=job.base_of(checkpoint, config.hf_assets_path),
         **job.results_of(checkpoint),
-        data=_data_of(config),
+        data={"training.dataset": CHAT} if isinstance(config.dataloader, ChatLoader.Config) else _data_of(config),
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from lora_converter.run.description import MODEL, TRAIN_STATE
+from lora_converter.run.description import DATALOADER, MODEL, TRAIN_STATE
 from lora_converter.run.host import Host
 from lora_converter.run.initial_factors import InitialFactors, begins_at_the_base
 from lora_converter.run.names import in_canonical_names
 from lora_converter.run.run import Run
 from lora_converter.run.steps import discard, stale_steps
+from lora_converter.titans.chat import ChatLoader
+from lora_converter.titans.end_tokens import warn_of_untrained_tokens
 from lora_converter.titans.packed_base import check_base_is_loaded
 
 _CheckpointManager: Any = object
@@ -44,12 +46,17 @@ class RunCheckpointer(_CheckpointManager):
                 "every checkpoint stores it beside the adapters."
             )
 
-    def begin_without_loading(self) -> bool:
-        """What a run does in place of loading where checkpoints are off; returns that it has loaded nothing."""
-        check_base_is_loaded(self.run.job)
-        if begins_at_the_base(self.run.job, None):
-            InitialFactors(self.run.model).load()
-        return False
+    def load(self, step: int = -1) -> bool:
+        """See `Run.load`; then a look at the tokens that conversations end with."""
+        if not self.enable:
+            check_base_is_loaded(self.run.job)
+            if begins_at_the_base(self.run.job, None):
+                InitialFactors(self.run.model).load()
+            return False
+        loaded, loader = self.run.load(step), self.states.get(DATALOADER)
+        if loaded and isinstance(loader, ChatLoader):
+            warn_of_untrained_tokens(self.run.host.model_parts, loader.trained_special_tokens())
+        return loaded
 
     def save(self, curr_step: int, last_step: bool = False) -> bool:
         """torchtitan's `save`, which the trainer calls after every step, unless the adapters are not finite.

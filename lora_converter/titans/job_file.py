@@ -20,9 +20,7 @@ from torchtitan.config.manager import custom_registry
 
 from lora_converter.chat.settings import ChatConfig
 from lora_converter.run.job import RunConfig
-
-CHAT = "chat"
-"""The dataset that is conversations."""
+from lora_converter.titans.chat_data import CHAT
 
 MODES = ("none", "full", "selective", "memory_budget")
 """Of activation checkpointing."""
@@ -153,9 +151,8 @@ def _unknown(known: Any, given: Mapping[str, Any], within: str = "") -> Iterator
 def _wrong_values(file: Any) -> Iterator[str]:
     """Values that the host cannot be given, with what there is instead."""
     training, validation, ac = file.training, file.validation, file.activation_checkpoint
-    for section in (training, validation) if validation.enable else (training,):
-        if section.dataset.lower() == CHAT:
-            yield f'dataset = "{CHAT}" (conversations are read with torchtitan 0.2.2 alone yet)'
+    if validation.enable and validation.dataset.lower() == CHAT != training.dataset.lower():
+        yield f'validation.dataset = "{CHAT}" (it is for jobs with training.dataset = "{CHAT}")'
     if other := [name for name in file.model.converters if name != "lora"]:
         yield f"model.converters: {', '.join(other)} ({GONE['quantize'][1]}, then lora_converter.titan03.lora(config))"
     for option in ("local_batch_size", "seq_len") if validation.enable else ():

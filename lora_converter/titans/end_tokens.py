@@ -17,8 +17,8 @@ from lora_converter.token_rows import TokenRows
 _SMALL = 0.1
 """Of the median norm of all rows: a row below it was never trained."""
 
-_WEIGHTS = ("tok_embeddings", "output")
-"""torchtitan's names of embedding and head."""
+_WEIGHTS = ("tok_embeddings", "output", "lm_head")
+"""The hosts' names of embedding and head."""
 
 
 @torch.no_grad()
