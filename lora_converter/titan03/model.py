@@ -43,7 +43,7 @@ def with_adapters(job: Callable[[], Job], config: Any) -> BaseModel.Config:
 
 def made_of(config_class: Any, config: Any, **more: Any) -> Any:
     """The settings that another class of configs has, too, and `more` of its own."""
-    own = [f.name for f in fields(config_class) if f.init and f.name not in more]
+    own = [f.name for f in fields(config_class) if f.init and f.name not in more and hasattr(config, f.name)]
     return config_class(**{name: getattr(config, name) for name in own}, **more)
 
 

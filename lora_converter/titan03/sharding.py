@@ -11,7 +11,7 @@ from typing import Any, cast
 import spmd_types as spmd
 import torch
 import torch.nn as nn
-from torchtitan.distributed.parallel_dims import ParallelDims, SpmdLayout
+from torchtitan.distributed.parallel_dims import MeshAxisName, ParallelDims, SpmdLayout
 from torchtitan.distributed.spmd_types import set_current_spmd_mesh, spmd_distribute_tensor
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import ShardingConfig
@@ -44,6 +44,11 @@ class TitanPacked(nn.Module):
         if tensor.is_floating_point():
             distribute: Any = cast(Any, super())._spmd_distribute_state
             return distribute(parallel_dims, name, tensor, layout, is_param=is_param)
+        over_tp, blocks = layout.per_axis_spmd_types()[MeshAxisName.TP], tensor.shape[1]
+        if over_tp == spmd.S(1) and blocks % parallel_dims.tp:
+            raise ValueError(
+                f"lora.base_format: tensor parallelism of {parallel_dims.tp} does not divide {blocks} blocks."
+            )
         mesh = parallel_dims.get_optional_mesh([axis.value for axis in layout.axes()], include_singleton_axes=True)
         own = nn.Parameter(spmd_distribute_tensor(tensor, mesh, layout), requires_grad=False)
         self.register_parameter(name, own)

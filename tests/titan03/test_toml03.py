@@ -13,7 +13,6 @@ from lora_converter.titan03 import from_toml
 from lora_converter.titan03.trainer import LoRATrainer
 
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
-CHAT = {name for name in FILES if "chat" in name}
 
 HERE: dict[str, Any] = {
     "job.dump_folder": lambda config: config.dump_folder,
@@ -33,6 +32,8 @@ HERE: dict[str, Any] = {
         SelectiveAC.Config: "selective",
     }[type(config.activation_checkpoint)],
     "activation_checkpoint.selective_ac_option": lambda config: "op",
+    **{f"validation.{o}": (lambda config, o=o: getattr(config.validator, o)) for o in ("enable", "freq", "steps")},
+    "validation.local_batch_size": None,  # that of training
     "checkpoint.initial_load_path": lambda config: (
         f"./{Path(config.checkpoint.initial_load_path).relative_to(Path.cwd())}"
     ),
@@ -58,7 +59,7 @@ def of(folder: Path, text: str, *arguments: str) -> Any:
     return job(f"--job.config_file={folder / 'job.toml'}", *arguments)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name not in CHAT])
+@pytest.mark.parametrize("name", FILES)
 def test_every_option_of_our_files_arrives(name: str) -> None:
     config, path = job("--job.config_file", f"configs/{name}"), ROOT / "configs" / name
     options = {f"{s}.{o}": v for s, table in tomllib.loads(path.read_text()).items() for o, v in table.items()}
@@ -66,12 +67,9 @@ def test_every_option_of_our_files_arrives(name: str) -> None:
     assert len(told) > 10 and {option: found(config, option) for option in told} == told
 
 
-@pytest.mark.parametrize("name", sorted(CHAT))
-def test_conversations_are_refused_by_name(name: str) -> None:
-    with pytest.raises(
-        ValueError, match=r'dataset = "chat" \(conversations are read with torchtitan 0\.2\.2 alone yet'
-    ):
-        job("--job.config_file", f"configs/{name}")
+def test_conversations_are_validated_on_beside_training_on_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'validation.dataset = "chat" .it is for jobs with training.dataset = "chat"'):
+        of(tmp_path, '[validation]\nenable = true\ndataset = "chat"\n')
 
 
 AS_IT_WAS = {
