@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . scripts/venv.sh
 if [ "${1:-}" = --titan03 ]; then
     install_into_venv '[test,titan03]' .venv-titan03 constraints-titan03.txt
-    mypy lora_converter/titans/*.py lora_converter/titan03/*.py
+    mypy lora_converter/{titans,titan03,toml03}/*.py
     OMP_NUM_THREADS=1 exec python -m pytest "${@:2}"
 fi
 install_into_venv '[dev]'

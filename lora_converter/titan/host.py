@@ -1,7 +1,6 @@
 """torchtitan 0.2.2's trainer as the host of a LoRA run."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.nn as nn
@@ -39,14 +38,9 @@ class TitanHost(host.TitanHost):
         """torchtitan 0.2.2's names are the canonical ones."""
         return fqn
 
-    def on_log(self, look: Callable[[float], None]) -> None:
-        """See `Host.on_log`."""
-        change_trainer(self.trainer, "metrics_processor.log", host.looked_at(look))
-
-    def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """See `Host.around_trial_forwards`."""
-        if self.trainer.parallel_dims.pp_enabled:
-            change_trainer(self.trainer, "pp_schedule._initialize_pp_stages", host.outside_steps(context))
+    def change(self, target: str, make: Callable[[Any], Any]) -> None:
+        """See `change_trainer`."""
+        change_trainer(self.trainer, target, make)
 
 
 def log_phase(trainer: Any, number: int) -> None:

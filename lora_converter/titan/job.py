@@ -16,17 +16,14 @@ FULL_PHASE_FOLDER = "_full_phase"
 
 def job_of(job_config: Any) -> Job:
     """The job that a job config describes."""
-    model, checkpoint = job_config.model, job_config.checkpoint
-    return Job(
+    model = job_config.model
+    return job.job_of(
+        job_config,
+        dump_folder=job_config.job.dump_folder,
+        assets=model.hf_assets_path,
         model=model.name,
         flavor=model.flavor,
-        config=job_config.lora,
-        seed=job_config.debug.seed or 0,
-        steps=job_config.training.steps,
-        folder=os.path.join(job_config.job.dump_folder, checkpoint.folder),
-        base=base_of(job_config),
         custom_import=job_config.experimental.custom_import,
-        **job.results_of(checkpoint),
         data=_data_of(job_config),
         converters=tuple(name for name in model.converters if name != NAME),
     )

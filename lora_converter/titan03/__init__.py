@@ -14,14 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_converter.titan03.conversations import chat
-    from lora_converter.titan03.trainer import lora
+    from lora_converter.titan03.trainer import chat, lora
 
 __all__ = ["chat", "lora"]
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        home = "conversations" if name == "chat" else "trainer"
-        return getattr(importlib.import_module(f"lora_converter.titan03.{home}"), name)
+        return getattr(importlib.import_module("lora_converter.titan03.trainer"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

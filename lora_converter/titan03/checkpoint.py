@@ -21,12 +21,8 @@ class LoRACheckpointManager(RunCheckpointer, CheckpointManager):
     def __init__(self, config: Config, *, model_parts: list[nn.Module], states: Any, sd_adapter: Any, **kwargs: Any):
         super().__init__(config, model_parts=model_parts, states=states, sd_adapter=sd_adapter, **kwargs)
         if not self.enable:  # it has left its states at that
-            self.states = {
-                **states,
-                OPTIMIZER: kwargs["optimizers"],
-                LR_SCHEDULER: kwargs["lr_schedulers"],
-                DATALOADER: kwargs["dataloader"],
-            }
+            own = {OPTIMIZER: "optimizers", LR_SCHEDULER: "lr_schedulers", DATALOADER: "dataloader"}
+            self.states = states | {name: kwargs[argument] for name, argument in own.items()}
         self.begin_run(TitanHost(model_parts, self.states, sd_adapter))
 
     def wait(self) -> None:

@@ -29,11 +29,8 @@ def _problems(config: Any) -> Iterator[str]:
             f"lora.new_tokens = {lora.new_tokens}: a model of torchtitan 0.3 has the rows that its config says, and "
             "none for new tokens. Train them on torchtitan 0.2.2, or leave new_tokens out."
         )
-    if lora.loss_chunk_tokens > 0:
-        yield (
-            f"lora.loss_chunk_tokens = {lora.loss_chunk_tokens}: torchtitan 0.3's own loss takes the output head, in "
-            "equal parts of a row. Leave it out, and set --loss.num_chunks."
-        )
+    if (chunk := lora.loss_chunk_tokens) > 0:
+        yield f"lora.loss_chunk_tokens = {chunk}: the loss is torchtitan's. Leave it out, and set --loss.num_chunks."
 
 
 def check_has_no_adapters(config: Any) -> None:
@@ -41,7 +38,4 @@ def check_has_no_adapters(config: Any) -> None:
     if hasattr(config, "lora"):
         raise ValueError("The config has adapters already. Call lora() once, with all settings.")
     if type(config.model_spec.model) in host_lora._frozen_config_class_cache.values():
-        raise ValueError(
-            "The model's config went through torchtitan's own LoRAConverter (torchtitan.components.lora), which puts "
-            "other adapters on. Leave it out of model_registry(converters=...)."
-        )
+        raise ValueError("The model has torchtitan's own LoRA. Leave it out of model_registry(converters=...).")

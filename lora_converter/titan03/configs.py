@@ -9,7 +9,6 @@ They read the base from `hf_assets_path`, in Hugging Face's format; there is non
 import functools
 import importlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lora_converter.titan03.trainer import lora
@@ -17,7 +16,7 @@ from lora_converter.titan03.trainer import lora
 _JOBS = re.compile(r"(llama3|qwen3|deepseek_v3)_(debugmodel|moe_debug|[\d_]+b(_a\d+b)?)")
 
 
-def _with_adapters(make: Callable[[], Any]) -> Any:
+def _with_adapters(make: Any) -> Any:
     config = make()
     config.checkpoint.enable, config.checkpoint.initial_load_in_hf = True, "debug" not in config.model_spec.flavor
     config.training.disable_cuda_graphs = True  # not tried with adapters

@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import tyro
@@ -15,6 +15,7 @@ from torchtitan.trainer import Trainer
 
 from lora_converter.chat.crew import Crew
 from lora_converter.chat.settings import ChatConfig
+from lora_converter.titan03.model import made_of
 from lora_converter.titans import chat as titans
 from lora_converter.titans import chat_data
 from lora_converter.titans.chat_data import ChatData, Conversations, Files
@@ -70,9 +71,9 @@ class ChatTrainer(Trainer):
 
 def chat(config: Trainer.Config, dataset_path: str, **settings: Any) -> Any:
     """The config of another job, with adapters or without, on conversations; `settings` are those of `ChatConfig`."""
-    kept = {f.name: getattr(config, f.name) for f in fields(config) if f.init}
-    kept |= dict(dataloader=ChatLoader.Config(dataset_path=dataset_path), chat=ChatConfig(**settings))
-    return (type(config) if isinstance(config, ChatTrainer.Config) else ChatTrainer.Config)(**kept)
+    takes_them = type(config) if isinstance(config, ChatTrainer.Config) else ChatTrainer.Config
+    own = dict(dataloader=ChatLoader.Config(dataset_path=dataset_path), chat=ChatConfig(**settings))
+    return made_of(takes_them, config, **own)
 
 
 def _conversations(config: Any) -> Conversations:
@@ -82,8 +83,6 @@ def _conversations(config: Any) -> Conversations:
         chat=config.chat,
         training=Files(config.dataloader.dataset_path, length, "dataloader.dataset_path", "training.seq_len"),
         validation=Files(own, length, "validator.dataloader.dataset_path", "training.seq_len"),
-        assets=config.hf_assets_path,
-        folder=config.dump_folder,
-        seed=config.debug.seed or 0,
+        **dict(assets=config.hf_assets_path, folder=config.dump_folder, seed=config.debug.seed or 0),
         vocab_size=config.model_spec.model.vocab_size,
     )

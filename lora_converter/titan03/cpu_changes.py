@@ -3,8 +3,6 @@
 from lora_converter.titans import cpu, cpu_changes
 from lora_converter.titans.change import Change, Installed
 
-_SLOW_MASKS = "compiled anew for each batch of documents, for tens of seconds"
-
 CPU_CHANGES = (
     *cpu_changes.CPU_CHANGES,
     Change(
@@ -13,17 +11,14 @@ CPU_CHANGES = (
         "compiled for CPU it has no backward",
         "Inductor has a CPU backward for it",
     ),
-    Change(
-        "torchtitan.models.common.attention:create_attention_mask",
-        "titans.cpu:uncompiled_block_mask",
-        _SLOW_MASKS,
-        "the host compiles it on request",
-    ),
-    Change(
-        "torchtitan.models.common.decoder:create_attention_mask",
-        "titans.cpu:uncompiled_block_mask",
-        _SLOW_MASKS,
-        "the same",
+    *(
+        Change(
+            f"torchtitan.models.common.{module}:create_attention_mask",
+            "titans.cpu:uncompiled_block_mask",
+            "compiled anew for each batch of documents, for tens of seconds",
+            "the host compiles it on request",
+        )
+        for module in ("attention", "decoder")
     ),
     Change(
         "torch.distributed.pipelining.schedules:_batch_p2p",

@@ -1,7 +1,7 @@
 """torchtitan 0.3's trainer as the host of a LoRA run."""
 
+import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.nn as nn
@@ -21,13 +21,8 @@ class TitanHost(host.TitanHost):
         """See `Host.canonical_name`."""
         return canonical_name(fqn)
 
-    def on_log(self, look: Callable[[float], None]) -> None:
-        """See `Host.on_log`."""
-        metrics = self.trainer.metrics_processor
-        metrics.log = host.looked_at(look)(metrics.log)
-
-    def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
-        """See `Host.around_trial_forwards`."""
-        if self.trainer.parallel_dims.pp_enabled:
-            schedule = self.trainer.pp_schedule
-            schedule._initialize_pp_stages = host.outside_steps(context)(schedule._initialize_pp_stages)
+    def change(self, target: str, make: Callable[[Any], Any]) -> None:
+        """See `titans.host.TitanHost.change`."""
+        *parts, name = target.split(".")
+        owner = functools.reduce(getattr, parts, self.trainer)
+        setattr(owner, name, make(getattr(owner, name)))

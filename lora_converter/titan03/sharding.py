@@ -46,9 +46,7 @@ class TitanPacked(nn.Module):
             return distribute(parallel_dims, name, tensor, layout, is_param=is_param)
         over_tp, blocks = layout.per_axis_spmd_types()[MeshAxisName.TP], tensor.shape[1]
         if over_tp == spmd.S(1) and blocks % parallel_dims.tp:
-            raise ValueError(
-                f"lora.base_format: tensor parallelism of {parallel_dims.tp} does not divide {blocks} blocks."
-            )
+            raise ValueError(f"lora.base_format: TP of {parallel_dims.tp} does not divide {blocks} blocks of a row.")
         mesh = parallel_dims.get_optional_mesh([axis.value for axis in layout.axes()], include_singleton_axes=True)
         own = nn.Parameter(spmd_distribute_tensor(tensor, mesh, layout), requires_grad=False)
         self.register_parameter(name, own)

@@ -49,13 +49,18 @@ class TitanHost:
         """See `Host.canonical_name`."""
         raise NotImplementedError
 
+    def change(self, target: str, make: Callable[[Any], Any]) -> None:
+        """Replaces an attribute of the trainer, a dotted path: `make` of the old value is the new one."""
+        raise NotImplementedError
+
     def on_log(self, look: Callable[[float], None]) -> None:
         """See `Host.on_log`."""
-        raise NotImplementedError
+        self.change("metrics_processor.log", looked_at(look))
 
     def around_trial_forwards(self, context: Callable[[], AbstractContextManager[None]]) -> None:
         """See `Host.around_trial_forwards`."""
-        raise NotImplementedError
+        if self.trainer.parallel_dims.pp_enabled:
+            self.change("pp_schedule._initialize_pp_stages", outside_steps(context))
 
     def end_at(self, step: int) -> None:
         """See `Host.end_at`."""

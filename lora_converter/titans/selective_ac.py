@@ -53,22 +53,6 @@ def _asking(create_contexts: Callable[[], Any]) -> Callable[[], Any]:
     return create
 
 
-def check_masks_are_kept(dropout: float, checkpointing: Any) -> None:
-    """Refuses activation checkpointing that draws other masks of dropout than the forward had.
-
-    Args:
-        checkpointing: torchtitan's config of it; None for none.
-
-    Raises:
-        ValueError: It would.
-    """
-    if dropout > 0 and checkpointing is not None and not checkpointing.preserve_rng_state:
-        raise ValueError(
-            f"lora.dropout = {dropout:g} with activation_checkpoint.preserve_rng_state = false: what is recomputed "
-            "would draw other masks than the forward had. Set preserve_rng_state = true."
-        )
-
-
 def shapes_of_packed(apply_op_sac: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """`_apply_op_sac`, which reads the shapes of weights whose products are to be recomputed."""
 

@@ -2,18 +2,23 @@
 
 import importlib.metadata
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs03 import host_config, train, trained_tensors
+from jobs03 import build, config, host_config, train, trained_tensors
+from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models import llama3
 
 from lora_converter.cli import main
-from lora_converter.titan03 import from_toml, lora
+from lora_converter.titan03 import lora
+from lora_converter.titan03.checkpoint import LoRACheckpointManager
 from lora_converter.titan03.checks import check_settings
+from lora_converter.titan03.model import made_of
 from lora_converter.titans import chosen
+from lora_converter.toml03 import job as from_toml
 
 
 def say(version: str | None) -> Any:
@@ -111,3 +116,22 @@ def test_the_loss_has_chunks_of_its_own(tmp_path: Path) -> None:
         for n in (1, 4)
     )
     assert one == pytest.approx(many, rel=1e-5)  # sums in another order
+
+
+def test_a_checkpointer_of_ones_own_knows_adapters(tmp_path: Path) -> None:
+    """Derive it from LoRACheckpointManager.Config, since torchtitan's would store the whole model."""
+
+    def manager(parent: Any) -> Any:
+        class Manager(parent):  # type: ignore[misc]
+            @dataclass(kw_only=True, slots=True)
+            class Config(parent.Config):  # type: ignore[misc]
+                pass
+
+        return Manager
+
+    job = config(tmp_path, training__steps=1)
+    job.checkpoint = made_of(manager(CheckpointManager).Config, job.checkpoint)
+    with pytest.raises(ValueError, match=r"knows no adapters\. Derive it from LoRACheckpointManager\.Config"):
+        build(job)
+    job.checkpoint = made_of(manager(LoRACheckpointManager).Config, job.checkpoint)
+    assert type(train(job).trainer.checkpointer).__name__ == "Manager"

@@ -9,8 +9,8 @@ from jobs03 import ROOT
 from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC, SelectiveAC
 from torchtitan.trainer import Trainer
 
-from lora_converter.titan03 import from_toml
 from lora_converter.titan03.trainer import LoRATrainer
+from lora_converter.toml03 import job as from_toml
 
 FILES = sorted(path.name for path in (ROOT / "configs").glob("*.toml"))
 

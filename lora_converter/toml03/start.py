@@ -10,9 +10,9 @@ def main() -> None:
     install()
     from torchtitan import train
 
-    from lora_converter.titan03 import from_toml
+    from lora_converter.toml03 import job
 
     if not any(argument.partition("=")[0] in ("--module", "--config") for argument in sys.argv):
-        from_toml.arguments = sys.argv[1:]
-        sys.argv[1:] = ["--module", from_toml.__name__, "--config", from_toml.job.__name__]
+        job.arguments = sys.argv[1:]
+        sys.argv[1:] = ["--module", job.__name__, "--config", job.job.__name__]
     train.main()

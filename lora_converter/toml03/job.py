@@ -1,4 +1,4 @@
-"""torchtitan 0.2.2's TOML files and command lines as configs of 0.3: see `titans.job_file` for how they are read."""
+"""torchtitan 0.2.2's TOML files and command lines as configs of 0.3: see `reading.py` for how they are read."""
 
 import os
 from dataclasses import fields, replace
@@ -18,7 +18,7 @@ from lora_converter.titan03.model import made_of
 from lora_converter.titan03.models import spec_of
 from lora_converter.titan03.trainer import lora
 from lora_converter.titans.chat_data import CHAT
-from lora_converter.titans.job_file import read_job
+from lora_converter.toml03.reading import read_job
 
 _MODES = {"none": None, "full": FullAC.Config, "selective": SelectiveAC.Config, "memory_budget": MemoryBudgetAC.Config}
 _OTHER_NAMES = {"profiler": "profiling", "validator": "validation"}
