@@ -106,7 +106,8 @@ def _match_all(
     for pattern in patterns:
         hits = {fqn for fqn in linears if matches(pattern, fqn)} | {fqn for fqn in experts if means(pattern, fqn)}
         if not hits:
-            also = f", and experts have {_names(experts)}, as in 'experts.{_names(experts[:1])}'" if experts else ""
+            one = ".".join(experts[0].split(".")[-2:]) if experts else ""
+            also = f", and experts have {_names(experts)}, as in {one!r}" if experts else ""
             raise ValueError(_nothing(option, pattern, "linear", linears, also))
         matched |= hits
     return matched

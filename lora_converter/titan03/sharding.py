@@ -70,7 +70,8 @@ def place_adapters(model: nn.Module) -> None:
             holder: Any = module.get_submodule(owner)
             there = holder._sharding_config or ShardingConfig(state_shardings={})
             vars(holder)["_sharding_config"] = replace(there, state_shardings=there.state_shardings | {last: layout})
-            if any(isinstance(its, spmd.Shard) and its.dim not in shared for its in types.values()):
+            is_whole = any(isinstance(its, spmd.Shard) and its.dim not in shared for its in types.values())
+            if is_whole and hasattr(holder, "whole_beside_shards"):  # a magnitude goes by its factors
                 holder.whole_beside_shards += (last,)
 
 

@@ -113,7 +113,7 @@ def one_rank(bases: Path) -> dict[str, Any]:
     """The runs that rows are compared with, of the backend that is the default."""
     losses: dict[str, Any] = {}
     for name in SETTINGS:
-        result = run_row(Row(name), bases / "one" / name, bases, BACKENDS[0])
+        result = run_row(Row(name), bases / "methods-one" / name, bases, BACKENDS[0])
         torch.save(result, bases / f"method-{name}.pt")
         losses[name] = result["losses"]
     return losses

@@ -106,5 +106,9 @@ def test_experts_are_named_as_on_0_2_2(tmp_path: Path) -> None:
     run = build(config(tmp_path, {"target_modules": ["layers.1.moe.experts.w1"]}, model="deepseek_v3"))
     assert list(whole_adapter(run)) == [f"layers.1.moe.experts.w1_lora_{half}" for half in "ab"]
     run.trainer.close()
-    with pytest.raises(ValueError, match=r"experts have w1, w2, w3, as in 'experts\.w1'"):
+    own = "inner_experts.w1_EFD"
+    with pytest.raises(ValueError, match=f"experts have w1_EFD, w2_EDF, w3_EFD, as in '{own}'"):
         build(config(tmp_path, {"target_modules": ["wkv"]}, model="deepseek_v3"))
+    run = build(config(tmp_path, {"target_modules": [f"layers.1.*.{own}"]}, model="deepseek_v3"))
+    assert len(whole_adapter(run)) == 2
+    run.trainer.close()

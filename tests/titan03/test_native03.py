@@ -55,7 +55,7 @@ def test_a_quantized_config_gets_adapters_on_its_quantized_linears(tmp_path: Pat
     halve(plain.model_spec.model)
     config = lora(plain, rank=4)
     unfuse_qkv(config.model_spec.model)
-    linears = list(adapted_modules(with_adapters(config.model_spec.model, job_of(config)).build()))
+    linears = list(adapted_modules(with_adapters(lambda: job_of(config), config).build()))
     assert len(linears) == 28 and all(isinstance(m, LoRALinear) and isinstance(m, Halved) for m in linears)
     assert {m.keep for m in linears} == {0.5}  # of q, k and v, too, which were one
     linear = linears[0]
