@@ -109,7 +109,7 @@ def launch(folder: Path, whose: str, backend: str, layout: str, base: str = "") 
     )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
-        return {"error": errors[0].split("]:")[-1].strip() if errors else done.stderr[-300:]}
+        return {"error": f"`{errors[-1].split(']:')[-1].strip()}`" if errors else done.stderr[-300:]}
     steps = folder / "checkpoint"
     found = json.loads((folder / "result.json").read_text())
     size = sum(f.stat().st_size for f in (steps / "step-1").rglob("*") if f.is_file())
@@ -127,35 +127,44 @@ def exported_in(folder: Path) -> list[str]:
     return names
 
 
-def table(folder: Path) -> list[str]:
-    """The lines of a Markdown table."""
-    lines = [
-        "| | backend | tensors in the optimizer | step with optimizer | initial A on 1 rank, FSDP2, TP2 "
-        "| gradient norm of step 1 on TP2 / 1 rank | a DCP base | last_save_in_hf writes |",
-        "|---|---|---|---|---|---|---|---|",
+def found_of(folder: Path, whose: str, backend: str, base: str) -> list[str]:
+    """A column of the table."""
+    loaded = launch(folder / "dcp", whose, backend, "one rank", base)
+    from_base = "" if "error" in loaded else base
+    jobs = [launch(folder / layout.replace(" ", "-"), whose, backend, layout, from_base) for layout in LAYOUTS]
+    one, tp = jobs[0], jobs[-1]
+    adapters = sum("lora_A" in name or "lora_a" in name for name in one["exported"])
+    return [
+        str(one["optimizer"]),
+        f"{one['bytes'] / 2**20:.1f} MiB",
+        ", ".join(job["initial"] for job in jobs),
+        loaded.get("error", "loaded"),
+        f"{tp['norms'][0] / one['norms'][0]:.6f}" if from_base else "not comparable: random bases differ, too",
+        f"{len(one['exported'])} tensors, {adapters} of them adapters' A",
     ]
+
+
+ROWS = (
+    "tensors in the optimizer",
+    "a step, with optimizer",
+    "digests of initial A on 1 rank, FSDP2, TP2",
+    "a base that is a DCP folder",
+    "gradient norm of step 1, TP2 / one rank",
+    "`last_save_in_hf` writes",
+)
+
+
+def table(folder: Path) -> str:
+    """In Markdown."""
     launch(folder / "base", "base", "spmd_types", "one rank")
     base = str(folder / "base/checkpoint/step-1")
-    for whose in (OWN, OURS):
-        for backend in BACKENDS:
-            place = folder / whose.split()[0] / backend
-            loaded = launch(place / "dcp", whose, backend, "one rank", base)
-            jobs = {}
-            for layout in LAYOUTS:
-                from_base = base if "error" not in loaded else ""
-                jobs[layout] = launch(place / layout.replace(" ", "-"), whose, backend, layout, from_base)
-            one, tp = jobs["one rank"], jobs["TP2"]
-            names = one.get("exported", [])
-            adapters = sum("lora_A" in n or "lora_a" in n for n in names)
-            initial = ", ".join(job.get("initial", job.get("error", ""))[:60] for job in jobs.values())
-            ratio = f"{tp['norms'][0] / one['norms'][0]:.6f}" if "norms" in tp and "norms" in one else "-"
-            lines.append(
-                f"| {whose} | {backend} | {one.get('optimizer', '-')} | {one.get('bytes', 0) / 2**20:.1f} MiB "
-                f"| {initial} | {ratio} | {loaded.get('error', 'loaded')[:120]} "
-                f"| {len(names)} tensors, {adapters} of them A of adapters |"
-            )
-            print(lines[-1], flush=True)
-    return lines
+    columns = {
+        f"{whose}, `{backend}`": found_of(folder / f"{whose.split()[0]}-{backend}", whose, backend, base)
+        for whose in (OWN, OURS)
+        for backend in BACKENDS
+    }
+    lines = [["", *columns], ["---"] * (1 + len(columns)), *zip(ROWS, *columns.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
@@ -163,4 +172,4 @@ if __name__ == "__main__":
         run_job(*sys.argv[2:])
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            print("\n".join(table(Path(sys.argv[1] if len(sys.argv) > 1 else scratch))))
+            print(table(Path(sys.argv[1] if len(sys.argv) > 1 else scratch)))

@@ -172,3 +172,13 @@ def test_our_files_by_their_command_lines_on_one_rank_and_two_with_a_resume(tmp_
     assert len(losses(two)) == 4  # each rank logs
     again = command(*job, f"--job.dump_folder={tmp_path / 'two'}", "--training.steps=3", ranks=2)
     assert "resuming from" in again and len(losses(again)) == 2
+
+
+def test_the_configs_of_the_page_are_made() -> None:
+    """docs/torchtitan03.md"""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "torchtitan03.md").read_text(), re.S)
+    functions: dict[str, Any] = {}
+    exec(block, functions)
+    plain, chats = functions["llama3_8b_lora"](), functions["llama3_8b_chat"]()
+    assert plain.lora.rank == 16 and plain.checkpoint.initial_load_in_hf
+    assert chats.chat.epochs == 2.0 and chats.lora.alpha == 32.0

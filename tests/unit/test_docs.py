@@ -20,8 +20,11 @@ def blocks(language: str) -> dict[str, list[str]]:
     return {page: texts for page, texts in found.items() if texts}
 
 
-NEEDS_A_MODEL = {"docs/chat.md": "tests/integration/test_chat_page.py"}
-"""Pages whose Python takes the result of a job, and the test that runs it on one."""
+NEEDS_A_MODEL = {
+    "docs/chat.md": "tests/integration/test_chat_page.py",
+    "docs/torchtitan03.md": "tests/titan03/test_native03.py",
+}
+"""Pages whose Python takes the result of a job, or another host, and the test that runs it on one."""
 
 
 @pytest.mark.parametrize("page", blocks("python").keys() - NEEDS_A_MODEL)
