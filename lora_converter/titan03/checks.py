@@ -8,12 +8,10 @@ from torchtitan.components import lora as host_lora
 from lora_converter.ranks import agreed_options, together
 from lora_converter.titans import checks, job
 
-_OF_THE_MACHINE = ("comm.", "metrics.", "profiler.", "model_spec.")
-
 
 def check_settings(config: Any) -> None:
     """Refuses settings that cannot work with adapters, and ranks that were given different ones. On all ranks."""
-    agreed_options(checks.shared_options(config.to_dict(), _OF_THE_MACHINE))
+    agreed_options(checks.shared_options(config.to_dict(), ("comm.", "metrics.", "profiler.", "model_spec.")))
     together(lambda: checks.refuse_first(_problems(config)))
 
 

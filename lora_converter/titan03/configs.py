@@ -19,7 +19,6 @@ _JOBS = re.compile(r"(llama3|qwen3|deepseek_v3)_(debugmodel|moe_debug|[\d_]+b(_a
 def _with_adapters(make: Any) -> Any:
     config = make()
     config.checkpoint.enable, config.checkpoint.initial_load_in_hf = True, "debug" not in config.model_spec.flavor
-    config.training.disable_cuda_graphs = True  # not tried with adapters
     return lora(config)
 
 

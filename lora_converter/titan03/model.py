@@ -59,8 +59,9 @@ def _adapting(config_class: Any) -> Any:
         try:
             check_trained_dtype(config)
             job = settle(said, model, naming, EXPERT_CLASSES, canonical_name)
-            names = {"factor_class": TitanFactor, "canonical_name": canonical_name}
-            adapted = put_adapters(model, job, naming, EXPERT_CLASSES, **names)
+            adapted = put_adapters(
+                model, job, naming, EXPERT_CLASSES, factor_class=TitanFactor, canonical_name=canonical_name
+            )
             place_adapters(model)
             check_results(job, model, naming, adapted)
         except ValueError as e:

@@ -33,8 +33,7 @@ def spec_of(model: str, flavor: str, custom_import: str = "") -> ModelSpec:
     flavors = next((table for name, table in vars(module).items() if name.endswith("_configs")), [plain])
     if plain not in flavors:
         raise ValueError(f"model.flavor = {flavor!r}: torchtitan 0.3's {model} has {', '.join(flavors)}.")
-    spec: ModelSpec = module.model_registry(plain, **({"attn_backend": attention} if attention else {}))
-    return spec
+    return module.model_registry(plain, **({"attn_backend": attention} if attention else {}))
 
 
 def model_on_meta(model: str, flavor: str, custom_import: str = "") -> HostModel:

@@ -1,13 +1,13 @@
 """torchtitan 0.3's trainer for a model with adapters, and the config of such a job."""
 
 import copy
-import functools
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.models.common.linear import Linear
 from torchtitan.trainer import Trainer
 
 from lora_converter.run.job import Job, RunConfig
@@ -45,7 +45,7 @@ class LoRATrainer(ChatTrainer):
         super().__init__(
             replace(
                 config,
-                model_spec=replace(config.model_spec, model=with_adapters(functools.partial(job_of, config), config)),
+                model_spec=replace(config.model_spec, model=with_adapters(lambda: job_of(config), config)),
                 checkpoint=_as(LoRACheckpointManager.Config, config.checkpoint),
                 optimizer=_as(LoRAOptimizers.Config, config.optimizer),
             )
@@ -80,14 +80,17 @@ def lora(config: Trainer.Config, **settings: Any) -> LoRATrainer.Config:
         ValueError: A setting is wrong, or the model has adapters already.
     """
     check_has_no_adapters(config)
-    return cast(LoRATrainer.Config, made_of(LoRATrainer.Config, config, lora=RunConfig(**settings)))
+    training = replace(config.training, disable_cuda_graphs=True)  # not tried; and dropout is seeded in each forward
+    return cast(LoRATrainer.Config, made_of(LoRATrainer.Config, config, training=training, lora=RunConfig(**settings)))
 
 
 def job_of(config: Any) -> Job:
     """The job that a config describes."""
     spec, data = config.model_spec, job.data_of(config.dataloader, config.training, config.debug.seed)
     folders = dict(dump_folder=config.dump_folder, assets=config.hf_assets_path)
-    return job.job_of(config, **folders, model=spec.name, flavor=spec.flavor, data=data)
+    linears = {type(linear) for _, linear, *_ in spec.model.traverse(Linear.Config)}
+    others = sorted(c.__qualname__ for c in linears if "torchtitan.models" not in c.__module__)  # quantized, say
+    return job.job_of(config, **folders, model=spec.name, flavor=spec.flavor, data=data, converters=tuple(others))
 
 
 def _as(config_class: Any, config: Any) -> Any:

@@ -58,6 +58,7 @@ def test_a_quantized_config_gets_adapters_on_its_quantized_linears(tmp_path: Pat
     linears = list(adapted_modules(with_adapters(lambda: job_of(config), config).build()))
     assert len(linears) == 28 and all(isinstance(m, LoRALinear) and isinstance(m, Halved) for m in linears)
     assert {m.keep for m in linears} == {0.5}  # of q, k and v, too, which were one
+    assert job_of(config).converters == ("Halved.Config",) and job_of(lora(host_config(tmp_path))).converters == ()
     linear = linears[0]
     for param in linear.parameters():
         nn.init.normal_(param)
@@ -81,7 +82,7 @@ def test_adapters_are_put_on_once() -> None:
         lora(lora(configs.llama3_debugmodel_lora.args[0]()))
     theirs = configs.llama3_debugmodel_lora.args[0]()
     theirs.model_spec = llama3.model_registry("debugmodel", converters=[LoRAConverter.Config(rank=8)])
-    with pytest.raises(ValueError, match=r"torchtitan's own LoRAConverter \(torchtitan.components.lora\)"):
+    with pytest.raises(ValueError, match="The model has torchtitan's own LoRA"):
         lora(theirs)
 
 
@@ -95,6 +96,7 @@ def test_ready_configs_are_those_of_the_hosts_registries_with_adapters() -> None
     config, plain = configs.llama3_8b_lora(), configs.llama3_8b_lora.args[0]()
     assert (config.model_spec.flavor, config.lora.rank, config.optimizer) == ("8B", 16, plain.optimizer)
     assert config.checkpoint.enable and config.checkpoint.initial_load_in_hf
+    assert config.training.disable_cuda_graphs and not plain.training.disable_cuda_graphs
     assert not configs.deepseek_v3_debugmodel_lora().checkpoint.initial_load_in_hf
 
 
