@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora_converter.names import owners
 from lora_converter.new_tokens import trained_beside
 from lora_converter.tensors import local_part
 
@@ -77,7 +78,7 @@ class OptimizerState(Stateful):
         self._tell_what_has_no_state()
         compact: dict[str, Any] = {}
         for part, optimizer in self._stages:
-            own = trained_beside(part)
+            own = _names_of_trained(part)
             with _without_empty_groups(optimizer):
                 values = get_optimizer_state_dict(part, optimizer, options=self._options)
             for name, value in values.items():
@@ -90,7 +91,7 @@ class OptimizerState(Stateful):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, optimizer in self._stages:
-            own = trained_beside(part)
+            own = _names_of_trained(part)
             with _without_empty_groups(optimizer):
                 names = get_optimizer_state_dict(part, optimizer, options=self._options)
                 values = {n: v if n.endswith(_NAMES) else state_dict[_once(n, own)] for n, v in names.items()}
@@ -175,6 +176,13 @@ class _OptimizerOfStep(Stateful):
         # torch fills a state by a step without gradients, which counts.
         fresh = {n: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for n, v in fresh.items()}
         self._whole.load_state_dict({**fresh, **state_dict})
+
+
+def _names_of_trained(model: nn.Module) -> set[str]:
+    """All names of what trains beside the adapters: of a tied weight torch may use another than was said."""
+    trained = trained_beside(model)
+    ids = {id(param) for param in trained.values()}
+    return {*trained, *(name for name, param in owners(model) if id(param) in ids)}
 
 
 def _parameter(name: str) -> str:

@@ -22,11 +22,10 @@ def _problems(config: Any) -> Iterator[str]:
     yield from checks.wrong_folders(checkpoint, lora, base, assets="hf_assets_path")
     yield from checks.wrong_training(checkpoint, lora, base, mode=mode, keeps_rng_state=not ac or ac.preserve_rng_state)
     yield from checks.wrong_results(checkpoint, lora, base)
-    if lora.new_tokens:
-        yield (
-            f"lora.new_tokens = {lora.new_tokens}: a model of torchtitan 0.3 has the rows that its config says, and "
-            "none for new tokens. Train them on torchtitan 0.2.2, or leave new_tokens out."
-        )
+    if not config.training.disable_cuda_graphs:
+        yield "training.disable_cuda_graphs = false: adapters are not tried in CUDA graphs. Set it to true."
+    if tokens := lora.new_tokens:
+        yield f"lora.new_tokens = {tokens}: 0.3 has no rows. Train them on torchtitan 0.2.2, or leave new_tokens out."
     if (chunk := lora.loss_chunk_tokens) > 0:
         yield f"lora.loss_chunk_tokens = {chunk}: the loss is torchtitan's. Leave it out, and set --loss.num_chunks."
 

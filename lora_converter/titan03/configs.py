@@ -2,8 +2,6 @@
 
     torchrun ... -m torchtitan.train --module lora_converter.titan03.configs --config llama3_8b_lora \
         --lora.rank 8 --hf_assets_path ./assets/hf/Llama-3.1-8B
-
-They read the base from `hf_assets_path`, in Hugging Face's format; there is none of a debug model.
 """
 
 import functools

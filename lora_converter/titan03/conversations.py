@@ -19,6 +19,7 @@ from lora_converter.titan03.model import made_of
 from lora_converter.titans import chat as titans
 from lora_converter.titans import chat_data
 from lora_converter.titans.chat_data import ChatData, Conversations, Files
+from lora_converter.titans.checks import refuse_other_class
 
 
 class ChatLoader(titans.ChatLoader, BaseDataLoader):
@@ -29,8 +30,7 @@ class ChatLoader(titans.ChatLoader, BaseDataLoader):
         """Files of conversations."""
 
         dataset: str = chat_data.CHAT
-        infinite: bool = True
-        """Set by the validator, whose rows end all the same."""
+        infinite: bool = True  # set by the validator, whose rows end all the same
         _batches: Annotated[chat_data.Batches, tyro.conf.Suppress] = chat_data.no_batches
 
     def __init__(self, config: Config, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any):
@@ -72,6 +72,7 @@ class ChatTrainer(Trainer):
 def chat(config: Trainer.Config, dataset_path: str, **settings: Any) -> Any:
     """The config of another job, with adapters or without, on conversations; `settings` are those of `ChatConfig`."""
     takes_them = type(config) if isinstance(config, ChatTrainer.Config) else ChatTrainer.Config
+    refuse_other_class(config, Trainer.Config, takes_them, instead=ChatTrainer.Config)
     own = dict(dataloader=ChatLoader.Config(dataset_path=dataset_path), chat=ChatConfig(**settings))
     return made_of(takes_them, config, **own)
 

@@ -4,6 +4,7 @@ torchtitan's order: config -> `update_from_config` (shardings) -> `build` on met
 compile, FSDP2 -> `to_empty` -> `init_weights` -> optimizer -> checkpointer. Adapters are there from `build` on.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -42,9 +43,9 @@ def with_adapters(job: Callable[[], Job], config: Any) -> BaseModel.Config:
 
 
 def made_of(config_class: Any, config: Any, **more: Any) -> Any:
-    """The settings that another class of configs has, too, and `more` of its own."""
+    """Copies of the settings that another class of configs has, too, and `more` of its own."""
     own = [f.name for f in fields(config_class) if f.init and f.name not in more and hasattr(config, f.name)]
-    return config_class(**{name: getattr(config, name) for name in own}, **more)
+    return config_class(**{name: copy.deepcopy(getattr(config, name)) for name in own}, **more)
 
 
 @functools.cache

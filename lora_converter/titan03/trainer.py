@@ -19,6 +19,7 @@ from lora_converter.titan03.conversations import chat as chat
 from lora_converter.titan03.model import made_of, unfuse_qkv, with_adapters
 from lora_converter.titan03.optimizer import LoRAOptimizers
 from lora_converter.titans import job
+from lora_converter.titans.checks import refuse_other_class
 from lora_converter.titans.compiling import compiles, first_step_told
 from lora_converter.titans.selective_ac import ask_about_products
 
@@ -80,6 +81,7 @@ def lora(config: Trainer.Config, **settings: Any) -> LoRATrainer.Config:
         ValueError: A setting is wrong, or the model has adapters already.
     """
     check_has_no_adapters(config)
+    refuse_other_class(config, Trainer.Config, ChatTrainer.Config, instead=LoRATrainer.Config)
     training = replace(config.training, disable_cuda_graphs=True)  # not tried; and dropout is seeded in each forward
     return cast(LoRATrainer.Config, made_of(LoRATrainer.Config, config, training=training, lora=RunConfig(**settings)))
 
@@ -94,9 +96,8 @@ def job_of(config: Any) -> Job:
 
 
 def _as(config_class: Any, config: Any) -> Any:
-    """The same settings, of a class that builds ours; refuses those of a user's own with a ValueError."""
+    """The same settings, of a class that builds ours."""
     if isinstance(config, config_class):
         return config
-    if type(config) not in (CheckpointManager.Config, OptimizersContainer.Config):
-        raise ValueError(f"{type(config).__qualname__} knows no adapters. Derive it from {config_class.__qualname__}.")
+    refuse_other_class(config, CheckpointManager.Config, OptimizersContainer.Config, instead=config_class)
     return made_of(config_class, config)

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_converter.run.description import PARTS
 from lora_converter.run.job import Base, RunConfig
+from lora_converter.titans.job import as_written
 
 
 def wrong_folders(checkpoint: Any, lora: RunConfig, base: Base | None, *, assets: str) -> Iterator[str]:
@@ -96,4 +97,19 @@ def shared_options(sections: Mapping[str, Any], of_the_machine: tuple[str, ...])
     for name, section in sections.items():
         table = {f"{name}.{option}": value for option, value in section.items()} if isinstance(section, dict) else {}
         options |= table or {name: section}
-    return {n: v for n, v in options.items() if n == "metrics.log_freq" or not n.startswith(of_the_machine)}
+    same = {n: v for n, v in options.items() if n == "metrics.log_freq" or not n.startswith(of_the_machine)}
+    return {n: as_written(v) if " at 0x" in str(v) else v for n, v in same.items()}
+
+
+def refuse_other_class(config: Any, *known: type, instead: type) -> None:
+    """Refuses a config whose class is a user's own: what that builds would be left out without a word.
+
+    Args:
+        known: The host's classes, whose settings ours take over.
+        instead: Ours, which has adapters.
+
+    Raises:
+        ValueError: It is none of `known`.
+    """
+    if type(config) not in known:
+        raise ValueError(f"{type(config).__qualname__} knows no adapters. Derive it from {instead.__qualname__}.")

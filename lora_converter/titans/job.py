@@ -1,6 +1,7 @@
 """torchtitan's configs as a `Job`: what is said in the same way in both versions."""
 
 import os
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -43,6 +44,11 @@ def job_of(config: Any, *, dump_folder: str, assets: str, **own: Any) -> Job:
     )
 
 
+def as_written(value: Any) -> str:
+    """A value as text, without the addresses of functions, which differ between processes."""
+    return re.sub(" at 0x[0-9a-f]+", "", str(value))
+
+
 def data_of(loader: Any, training: Any, seed: int | None) -> dict[str, Any]:
     """What batches are made of, option -> value, where a loader is configured by itself, as on 0.3.
 
@@ -52,7 +58,7 @@ def data_of(loader: Any, training: Any, seed: int | None) -> dict[str, Any]:
         return {"training.dataset": CHAT}
     options = {f"dataloader.{field.name}": getattr(loader, field.name) for field in fields(loader)}
     return {
-        **{name: value if isinstance(value, (str, int)) else str(value) for name, value in options.items()},
+        **{name: value if isinstance(value, (str, int)) else as_written(value) for name, value in options.items()},
         "dataloader": type(loader).__qualname__,
         "training.seq_len": training.seq_len,
         "training.local_batch_size": training.local_batch_size,

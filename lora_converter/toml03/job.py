@@ -13,6 +13,7 @@ from torchtitan.models.common.config_utils import decoder_vocab_size
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from lora_converter.run.job import RunConfig
 from lora_converter.titan03.conversations import ChatLoader, chat
 from lora_converter.titan03.model import made_of
 from lora_converter.titan03.models import spec_of
@@ -65,7 +66,11 @@ def job() -> Any:
     )
     if file.training.dataset.lower() == CHAT:
         config = chat(config, file.training.dataset_path or "", **vars(file.chat))
-    return lora(config, **vars(file.lora)) if "lora" in model.converters else config
+    if "lora" in model.converters:
+        return lora(config, **vars(file.lora))
+    if vars(file.lora) != vars(RunConfig()):
+        logger.warning('[lora] is set, but model.converters has no "lora": every weight trains.')
+    return config
 
 
 def _loader(section: Any) -> Any:

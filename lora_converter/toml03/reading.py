@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, make_dataclass, replace
 from typing import Any
@@ -86,8 +88,11 @@ def read_job(arguments: list[str], sections: Mapping[str, type]) -> Any:
     given = _given(arguments)
     path, toml = given.get("job", {}).get("config_file"), {}
     if path:
-        with open(path, "rb") as file:
-            toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").load(file)
+        try:
+            with open(path, "rb") as file:
+                toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").load(file)
+        except (OSError, ValueError) as e:  # no such file, or no TOML
+            raise ValueError(f"job.config_file = {path!r}: {e}.") from None
     elif "help" not in given:
         raise ValueError("No job is named: give --job.config_file my.toml, or --module and --config.")
     classes = {"lora": RunConfig, "chat": ChatConfig, **sections}
@@ -95,7 +100,13 @@ def read_job(arguments: list[str], sections: Mapping[str, type]) -> Any:
     whole = make_dataclass("Job", [(n, c, dataclasses.field(default_factory=c)) for n, c in made.items()])
     _refuse([*_unknown(whole(), toml), *_unknown(whole(), given)])
     ConfigManager()  # which registers how lists are written
-    file = tyro.cli(whole, args=arguments, default=_filled(whole(), toml), registry=custom_registry)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The field .* is annotated", category=UserWarning)
+        try:
+            own = dict(args=_without_gone(arguments), default=_filled(whole(), toml))
+            file: Any = tyro.cli(whole, **own, registry=custom_registry)
+        except UserWarning as e:
+            raise ValueError(f"{path or 'the command line'}: {str(e).partition('. We')[0]}.") from None
     _refuse(list(_wrong_values(file)))
     return file
 
@@ -118,17 +129,38 @@ def _options(base: type, own: dict[str, Any]) -> Any:
 
 
 def _given(arguments: list[str]) -> dict[str, Any]:
-    """Options of a command line as a TOML file has them, their values as text."""
+    """Options of a command line as a TOML file has them."""
     given: dict[str, Any] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         if argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
             *sections, option = name.replace("-", "_").split(".")
             table = given
             for section in sections:
                 table = table.setdefault(section, {})
-            table[option.removeprefix("no_")] = value or following
+            given_to, plain = value or following * (not following.startswith("--")), option.removeprefix("no_")
+            table[plain] = _typed(given_to) if given_to else plain == option
     return given
+
+
+def _without_gone(arguments: list[str]) -> list[str]:
+    """A command line without the options of `GONE`, which ask for nothing by then."""
+    kept, goes = list[str](), False
+    for argument in arguments:
+        if argument.startswith("--"):
+            sections, _, option = argument[2:].partition("=")[0].replace("-", "_").rpartition(".")
+            name = f"{sections}.{option.removeprefix('no_')}."
+            goes = any(name.startswith(f"{gone}.") for gone in GONE)
+        kept += [] if goes else [argument]
+    return kept
+
+
+def _typed(text: str) -> Any:
+    """A value of a command line, as a file would have it."""
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
 def _unknown(known: Any, given: Mapping[str, Any], within: str = "") -> Iterator[str]:
@@ -158,6 +190,8 @@ def _wrong_values(file: Any) -> Iterator[str]:
     for option in ("local_batch_size", "seq_len") if validation.enable else ():
         if getattr(validation, option) not in (0, getattr(training, option)):
             yield f"validation.{option} = {getattr(validation, option)} (it is that of training)"
+    if (module := file.job.custom_config_module) not in ("", "lora_converter.titan"):
+        yield f"job.custom_config_module = {module!r} (a config function has what it adds)"
     if ac.mode not in MODES:
         yield f"activation_checkpoint.mode = {ac.mode!r} (it is one of {', '.join(MODES)})"
     if ac.selective_ac_option != "op" and not ac.selective_ac_option.isdigit():

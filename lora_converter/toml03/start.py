@@ -12,7 +12,11 @@ def main() -> None:
 
     from lora_converter.toml03 import job
 
-    if not any(argument.partition("=")[0] in ("--module", "--config") for argument in sys.argv):
+    given = {argument.partition("=")[0].replace("-", "_") for argument in sys.argv[1:]}
+    own = given & {"__module", "__config"}
+    if own and "__job.config_file" in given:
+        raise ValueError("Two jobs are named. Give --job.config_file my.toml, or --module and --config.")
+    if not own:
         job.arguments = sys.argv[1:]
         sys.argv[1:] = ["--module", job.__name__, "--config", job.job.__name__]
     train.main()

@@ -1,6 +1,8 @@
 """`[lora]`'s methods on torchtitan 0.3: under both backends and on ranks they are the run of one rank."""
 
+import copy
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lora_converter.config import LoRAConfig
 from lora_converter.own_names import in_own_names
 from lora_converter.packed_module import packed_formats
 from lora_converter.targets import select_targets
+from lora_converter.titan03 import lora
 from lora_converter.titan03.model import unfuse_qkv
 from lora_converter.titan03.names import canonical_name
 from lora_converter.titan03.sharding import TitanFactor
@@ -167,3 +170,17 @@ def test_selective_checkpointing_keeps_what_it_keeps_of_the_plain_model(tmp_path
             finish(run)
         counts.append(sum("bias" in call.kwargs for call in products.call_args_list))  # of forwards
     assert counts == [28 + 12, 28 + 28]
+
+
+def test_a_tied_head_trains_in_full_by_either_name(tmp_path: Path) -> None:
+    """And is saved and resumed, though torch knows it by one of them alone."""
+    losses = []
+    for name in ("lm_head", "output", "tok_embeddings"):
+        plain = host_config(tmp_path / name, checkpoint__interval=1, training__steps=3)
+        plain.model_spec.model.enable_weight_tying = True
+        job = lora(plain, rank=4, train_also=[name])
+        whole = train(copy.deepcopy(job)).losses
+        shutil.rmtree(tmp_path / name / "checkpoint" / "step-3")
+        assert train(job).losses == whole[2:]
+        losses.append(whole)
+    assert losses[0] == losses[1] == losses[2] and losses[0][-1] < losses[0][0]

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from jobs03 import ROOT, build, finish, host_config, trained_tensors
 from torchtitan.components.lora import LoRAConverter
+from torchtitan.hf_datasets.text_datasets import ChatDataLoader
 from torchtitan.models import llama3
 from torchtitan.models.common.linear import Linear
 
@@ -22,6 +23,7 @@ from lora_converter.titan03 import configs, lora
 from lora_converter.titan03.checks import check_settings
 from lora_converter.titan03.model import unfuse_qkv, with_adapters
 from lora_converter.titan03.trainer import job_of
+from lora_converter.titans.checks import shared_options
 
 SMALL = ["--training.seq_len=128", "--training.local_batch_size=2"]
 
@@ -184,3 +186,29 @@ def test_the_configs_of_the_page_are_made() -> None:
     plain, chats = functions["llama3_8b_lora"](), functions["llama3_8b_chat"]()
     assert plain.lora.rank == 16 and plain.checkpoint.initial_load_in_hf
     assert chats.chat.epochs == 2.0 and chats.lora.alpha == 32.0
+
+
+def test_a_loaders_functions_are_the_same_in_another_process(tmp_path: Path) -> None:
+    """Their addresses are not: ranks are compared, and a resumed run's data with those of its step."""
+
+    def with_a_function() -> Any:
+        def process(sample: Any) -> Any:
+            return sample
+
+        return lora(
+            host_config(tmp_path, dataloader=ChatDataLoader.Config(dataset_path="json", sample_processor=process))
+        )
+
+    first, second = with_a_function(), with_a_function()
+    assert first.to_dict()["dataloader"] != second.to_dict()["dataloader"]
+    assert job_of(first).data == job_of(second).data
+    assert shared_options(first.to_dict(), ()) == shared_options(second.to_dict(), ())
+
+
+def test_jobs_of_one_config_share_nothing(tmp_path: Path) -> None:
+    plain = host_config(tmp_path)
+    one, other = lora(plain, rank=4), lora(plain, rank=8)
+    one.checkpoint.interval, one.optimizer.param_groups[0].optimizer_kwargs["lr"] = 77, 9.0
+    one.model_spec.model.dim = 1
+    assert other.checkpoint.interval == plain.checkpoint.interval != 77
+    assert other.optimizer == plain.optimizer and other.model_spec.model.dim == plain.model_spec.model.dim

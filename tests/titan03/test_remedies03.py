@@ -11,14 +11,17 @@ from jobs03 import build, config, host_config, train, trained_tensors
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.models import llama3
+from torchtitan.trainer import Trainer
 
 from lora_converter.cli import main
-from lora_converter.titan03 import lora
+from lora_converter.titan03 import chat, lora
 from lora_converter.titan03.checkpoint import LoRACheckpointManager
 from lora_converter.titan03.checks import check_settings
 from lora_converter.titan03.model import made_of
+from lora_converter.titan03.trainer import LoRATrainer
 from lora_converter.titans import chosen
 from lora_converter.toml03 import job as from_toml
+from lora_converter.toml03 import start
 
 
 def say(version: str | None) -> Any:
@@ -63,6 +66,43 @@ def test_a_job_is_named() -> None:
     with pytest.raises(ValueError, match=r"No job is named: give --job.config_file my.toml, or --module and --config"):
         toml_job("--training.steps=3")
     assert toml_job("--training.steps=3", "--job.config_file", "configs/debug_lora.toml").training.steps == 3
+
+
+def test_a_job_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ["train", "--module", "my_configs", "--config", "f", "--job.config_file=configs/debug_lora.toml"]
+    monkeypatch.setattr("sys.argv", both)
+    with pytest.raises(ValueError, match=r"Give --job\.config_file my\.toml, or --module and --config"):
+        start.main()
+    with pytest.raises(ValueError, match=r"No job is named: give --job\.config_file my\.toml, or"):
+        toml_job()
+    assert toml_job(*both[5:]).lora.rank == 16
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[job", "job.config_file = .*: Expected"),
+        ("[training]\nsteps = '10'", "my.toml: The field .training.steps. is annotated with type `<class 'int'>`"),
+        ("[training]\nmixed_precision_param = 'fp32'", "The field .training.mixed-precision-param. is annotated"),
+        (
+            "[job]\ncustom_config_module = 'mine'",
+            "job.custom_config_module = 'mine' .a config function has what it adds",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_is_told_by_name(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "my.toml").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        toml_job(f"--job.config_file={tmp_path / 'my.toml'}")
+    with pytest.raises(ValueError, match=r"job\.config_file = 'nowhere\.toml': .*No such file"):
+        toml_job("--job.config_file=nowhere.toml")
+
+
+def test_settings_of_adapters_without_any_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "my.toml").write_text("[lora]\nrank = 8\n")
+    with caplog.at_level("WARNING"):
+        toml_job(f"--job.config_file={tmp_path / 'my.toml'}")
+    assert '[lora] is set, but model.converters has no "lora": every weight trains.' in caplog.text
 
 
 PARTS = {
@@ -135,3 +175,44 @@ def test_a_checkpointer_of_ones_own_knows_adapters(tmp_path: Path) -> None:
         build(job)
     job.checkpoint = made_of(manager(LoRACheckpointManager).Config, job.checkpoint)
     assert type(train(job).trainer.checkpointer).__name__ == "Manager"
+
+
+def test_a_trainer_of_ones_own_knows_adapters(tmp_path: Path) -> None:
+    """Derive it from LoRATrainer.Config, or from ChatTrainer.Config."""
+
+    def trainer(parent: Any) -> Any:
+        class Mine(parent):  # type: ignore[misc]
+            @dataclass(kw_only=True, slots=True)
+            class Config(parent.Config):  # type: ignore[misc]
+                mine: int = 3
+
+        return Mine
+
+    for make in (lora, lambda config: chat(config, "x.jsonl")):
+        with pytest.raises(ValueError, match=r"knows no adapters\. Derive it from (LoRA|Chat)Trainer\.Config"):
+            make(made_of(trainer(Trainer).Config, host_config(tmp_path)))
+    job = made_of(trainer(LoRATrainer).Config, config(tmp_path, training__steps=1))
+    assert chat(job, "x.jsonl").mine == 3
+    assert type(train(job).trainer).__name__ == "Mine"
+
+
+def test_cuda_graphs_stay_off(tmp_path: Path) -> None:
+    job = config(tmp_path)
+    job.training.disable_cuda_graphs = False
+    with pytest.raises(ValueError, match=r"adapters are not tried in CUDA graphs\. Set it to true"):
+        check_settings(job)
+    job.training.disable_cuda_graphs = True
+    check_settings(job)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--parallelism.expert_tensor_parallel_degree=1",
+        "--optimizer.no-early-step-in-backward",
+        "--checkpoint.enable-ft-dataloader-checkpoints",
+        "--lora.full-phase.steps=0",
+    ],
+)
+def test_what_asks_for_nothing_is_no_trouble(option: str) -> None:
+    assert toml_job("--job.config_file=configs/debug_lora.toml", option).lora.rank == 16
