@@ -24,8 +24,8 @@ if [ "${1:-}" = --titan03 ]; then
     if [ $# -gt 1 ]; then
         OMP_NUM_THREADS=1 exec python -m pytest "${@:2}"
     fi
-    slowest=(tests/titan03/test_{experts,native,methods}03.py)
-    side_by_side "${slowest[@]}" -- tests/titan03 tests/unit "${slowest[@]/#/--ignore=}"
+    half=(tests/titan03/test_{experts,native,chat}03.py)
+    side_by_side "${half[@]}" -- tests/titan03 tests/unit "${half[@]/#/--ignore=}"
     exit
 fi
 install_into_venv '[dev]'
