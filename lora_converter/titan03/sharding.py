@@ -58,11 +58,11 @@ def place_adapters(model: nn.Module) -> None:
     """Declares where the adapters of a model lie, from what its modules' configs say of their weights."""
     for packed in {module for module, _ in packed_weights(model)}:
         swap_class(packed, TitanPacked)
-    for module in adapted_modules(model):
+    for module in cast(Any, adapted_modules(model)):
         own = {name: nn.init.zeros_ for name in module.adapter_parameter_names if "." not in name}
         if own and module._param_init is not None:  # where others have no place; their values come after
             vars(module)["_param_init"] = {**module._param_init, **own}
-        config: ShardingConfig | None = getattr(module, "_sharding_config", None)
+        config: Any = getattr(module, "_sharding_config", None)
         for name, (weight, shared) in shared_dims(module).items() if config is not None else ():
             types = config.state_shardings[weight].per_axis_spmd_types()
             layout = SpmdLayout({axis: _beside(its, shared) for axis, its in types.items()})

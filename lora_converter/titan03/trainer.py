@@ -54,7 +54,7 @@ class LoRATrainer(ChatTrainer):
         for part in self.model_parts:
             ask_about_products(part)
         if compiles(config):
-            vars(self)["train_step"] = first_step_told(self.train_step)
+            self.__dict__["train_step"] = first_step_told(self.train_step)
 
     def train_step(self, data_iterator: Any) -> None:
         """torchtitan's, on gradients that are complete before they are clipped."""

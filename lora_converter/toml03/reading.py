@@ -89,8 +89,8 @@ def read_job(arguments: list[str], sections: Mapping[str, type]) -> Any:
     path, toml = given.get("job", {}).get("config_file"), {}
     if path:
         try:
-            with open(path, "rb") as file:
-                toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").load(file)
+            with open(path, "rb") as opened:
+                toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli").load(opened)
         except (OSError, ValueError) as e:  # no such file, or no TOML
             raise ValueError(f"job.config_file = {path!r}: {e}.") from None
     elif "help" not in given:
