@@ -91,7 +91,7 @@ def test_a_run_without_it_does_not_go_on_from_its_steps_and_the_other_way_round(
     with pytest.raises(ValueError, match=r"other settings: 1 entries are there alone: 2\.shift"):
         PlainHost(tmp_path / "mixed", base=base, **MIXED).train()
     PlainHost(tmp_path / "plain", base=base, **MIXED).train(to=2)
-    with pytest.raises(ValueError, match=r"other settings: 1 modules are adapted only here: 2"):
+    with pytest.raises(ValueError, match=r"other settings: 1 modules are adapted only here: plain.2"):
         MixedHost(tmp_path / "plain", base=base, **MIXED).train()
 
 
